@@ -1,0 +1,36 @@
+"""lexigram: language models made smaller after training, by dictionaries with sparse coefficients.
+
+Importing it teaches transformers our checkpoint format, so that ``AutoModelForCausalLM.from_pretrained`` opens a compressed
+folder.
+"""
+
+from importlib.metadata import version
+
+from lexigram.errors import LexigramError
+from lexigram.evaluation import Evaluation, evaluate
+from lexigram.methods import CospadiConfig, SvdConfig
+from lexigram.pipeline import compress
+from lexigram.planning import Plan, plan
+from lexigram.recipe import Calibration, Recipe
+from lexigram.records import RunRecord
+from lexigram.source import Source
+from lexigram.transformers_io import export_dense, load
+
+__version__ = version("lexigram")
+
+__all__ = [
+    "Calibration",
+    "CospadiConfig",
+    "Evaluation",
+    "LexigramError",
+    "Plan",
+    "Recipe",
+    "RunRecord",
+    "Source",
+    "SvdConfig",
+    "compress",
+    "evaluate",
+    "export_dense",
+    "load",
+    "plan",
+]

@@ -1,0 +1,1 @@
+"""How one budget is spent over the layers: a full map from target to `Budget`. Fits nothing."""

@@ -1,0 +1,1 @@
+"""From text to Grams: fixed token batches (`text`), the model layer by layer (`layerwise`), sums of ``x x^T`` (`gram`)."""

@@ -1,0 +1,89 @@
+"""The Gram of a layer's inputs, ``G = sum_t x_t^T x_t`` over the calibration tokens: a sum, never a mean."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lexigram.errors import LexigramError
+from lexigram.linalg.whitening import Whitening, whiten
+
+_CHUNK_TOKENS = 2048  # float32 inside a chunk, float64 across chunks
+_BLOCKS = 3  # column blocks: with 3, the products below the diagonal that are left out save a third of the work
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Uncentred second moments of an input site.
+
+    `matrix` is (in, in) float64, the sum over `tokens` calibration tokens.
+    """
+
+    matrix: Tensor
+    tokens: int
+
+    @cached_property
+    def whitening(self) -> Whitening:
+        """The factor ``L`` with ``L^T L = G``, computed once for all the layers on this site."""
+        return whiten(self.matrix)
+
+
+class GramAccumulator:
+    """Adds up a Gram from batches of inputs.
+
+    Products are float32 over at most 2048 tokens and these partial sums are added in float64: the rounding error stays that
+    of a short float32 sum while the cost is that of float32 products.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs (..., in)."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if self._sum is None:
+            self._sum = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+        for chunk in rows.split(_CHUNK_TOKENS):
+            for block in torch.arange(rows.shape[1], device="cpu").chunk(_BLOCKS):
+                first, last = int(block[0]), int(block[-1]) + 1
+                self._sum[first:last, first:] += chunk[:, first:last].T @ chunk[:, first:]
+        self._tokens += rows.shape[0]
+
+    def result(self, name: str) -> Gram:
+        """The Gram.
+
+        Raises:
+            LexigramError: naming `name`, where no input or a non-finite one was seen.
+        """
+        if self._sum is None:
+            raise LexigramError(f"{name} received no input from the calibration text; exclude it or give more text")
+        if not bool(torch.isfinite(self._sum).all()):
+            raise LexigramError(
+                f"the inputs of {name} are not finite on the calibration text; compute in float32 "
+                "(--compute-dtype float32) or look for broken weights before it"
+            )
+        upper = self._sum.triu()
+        return Gram(upper + upper.triu(1).T, self._tokens)
+
+
+@contextmanager
+def collecting(modules: dict[str, nn.Module]) -> Iterator[dict[str, GramAccumulator]]:
+    """While open, the inputs of every module are added to the accumulator of its name."""
+    accumulators = {name: GramAccumulator() for name in modules}
+
+    def hook_for(name: str):  # type: ignore[no-untyped-def]
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            accumulators[name].add(args[0])
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
+    try:
+        yield accumulators
+    finally:
+        for hook in hooks:
+            hook.remove()

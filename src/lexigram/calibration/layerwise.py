@@ -1,0 +1,135 @@
+"""A model run one decoder layer at a time over all calibration sequences. Knows no Grams and no methods.
+
+What each layer is called with (masks, rotary embeddings, positions) is never built by hand: one genuine forward pass, with
+the layers stood in for, records the arguments; the layers are then replayed with them. Models whose layers differ (sliding
+and full attention) work because every layer's arguments are its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class LayerRunner:
+    """The hidden states of the calibration sequences, on their way through the decoder layers."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        ids: Tensor,
+        *,
+        batch_tokens: int = 4096,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Record the arguments of every layer, up to the first layer's input.
+
+        Args:
+            model: the whole model.
+            layers: its decoder layers, in order.
+            ids: token ids (sequences, length).
+            batch_tokens: about how many tokens are run at once.
+            compute_dtype: bfloat16 runs the matrix products under autocast; float32 leaves everything as it is.
+        """
+        self._model = model
+        self._layers = list(layers)
+        self._compute_dtype = compute_dtype
+        self._batches = ids.split(max(1, batch_tokens // ids.shape[1]))
+        self._wrap: Callable[[Tensor], Any] = self._learn_output(self._batches[0][:1])
+        self._hidden: list[Tensor] = []
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        for batch in self._batches:
+            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+            inputs: list[Tensor] = []
+
+            def stand_in(hidden: Tensor, *args: Any, calls=calls, inputs=inputs, **kwargs: Any) -> Any:  # type: ignore[no-untyped-def]
+                inputs.append(hidden)
+                calls.append((args, kwargs))
+                return self._wrap(hidden)
+
+            with self._standing_in([stand_in] * len(self._layers)):
+                self._forward(batch)
+            self._hidden.append(inputs[0])
+            self._calls.append(_shared(calls, self._calls[-1]) if self._calls else calls)
+
+    def run(self, index: int) -> None:
+        """Carry all hidden states through layer `index`; call with 0, 1, 2, ... in order."""
+        layer = self._layers[index]
+        with self._context():
+            for batch, calls in enumerate(self._calls):
+                args, kwargs = calls[index]
+                self._hidden[batch] = _hidden_of(layer(self._hidden[batch], *args, **kwargs))
+
+    def run_rest(self) -> None:
+        """Run what comes after the last layer (final norm, lm_head), given the hidden states of the last layer."""
+        for batch, hidden in zip(self._batches, self._hidden, strict=True):
+            with self._standing_in([lambda *_args, hidden=hidden, **_kwargs: self._wrap(hidden)] * len(self._layers)):
+                self._forward(batch)
+
+    def _learn_output(self, ids: Tensor) -> Callable[[Tensor], Any]:
+        """How a layer wraps its hidden states: as a bare tensor or as the first of a tuple."""
+        outputs: list[Any] = []
+        hook = self._layers[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        with self._standing_in([None, *[lambda hidden, *_a, **_k: outputs[0]] * (len(self._layers) - 1)]):
+            self._forward(ids)
+        hook.remove()
+        if isinstance(outputs[0], tuple):
+            rest = outputs[0][1:]
+            return lambda hidden: (hidden, *rest)
+        return lambda hidden: hidden
+
+    def _forward(self, ids: Tensor) -> None:
+        with self._context():
+            self._model(input_ids=ids.to(self._model.device), use_cache=False)
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        device = self._model.device.type
+        reduced = self._compute_dtype != torch.float32
+        with torch.no_grad(), torch.autocast(device, dtype=self._compute_dtype if reduced else None, enabled=reduced):
+            yield
+
+    @contextmanager
+    def _standing_in(self, forwards: Sequence[Callable[..., Any] | None]) -> Iterator[None]:
+        """Replace the forward of every layer that has a stand-in, on the instance, for the length of the context."""
+        replaced = []
+        try:
+            for layer, forward in zip(self._layers, forwards, strict=True):
+                if forward is not None:
+                    layer.__dict__["forward"] = _positional(forward)
+                    replaced.append(layer)
+            yield
+        finally:
+            for layer in replaced:
+                del layer.__dict__["forward"]
+
+
+def _positional(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Accept the hidden states by keyword too, as some models pass them."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def _hidden_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _shared(new: Any, old: Any) -> Any:
+    """`new` with every tensor that equals its counterpart in `old` replaced by that one: a mask is kept once, not once a batch."""
+    if isinstance(new, Tensor):
+        same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: _shared(value, old.get(key)) for key, value in new.items()}
+    if type(new) in (list, tuple) and type(old) is type(new) and len(new) == len(old):
+        return type(new)(_shared(a, b) for a, b in zip(new, old, strict=True))
+    return new

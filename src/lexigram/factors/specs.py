@@ -1,0 +1,143 @@
+"""What a factor expression is, as data: forms, shapes and codecs without a single value.
+
+A spec fixes every stored tensor, and with it the exact size, before anything is fitted; it is what a plan adds up, what
+a checkpoint writes beside each layer and what the loader builds empty modules from. The values live in `forms`.
+
+Every expression stands for a matrix ``(rows, cols)`` in torch's ``(out, in)`` orientation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from lexigram.factors.bits import packed_bytes
+from lexigram.factors.codecs import Bfloat, Codec, StoredTensor
+
+Dimension = Annotated[int, Field(ge=1, le=2**24)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """Every stored tensor by its name inside the expression (``left.values``, ``right.mask``, ...)."""
+        raise NotImplementedError
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes: values, masks, scales; file headers aside."""
+        return sum(tensor.bytes for tensor in self.stored().values())
+
+    def leaves(self) -> Iterator[tuple[str, Leaf]]:
+        """(path, leaf) of every leaf, left to right; the path of a lone leaf is empty."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        """The papers' size: stored values, with masks, indices and scales not counted."""
+        return sum(leaf.count for _, leaf in self.leaves())
+
+
+class DenseSpec(_Spec):
+    """A matrix with every value stored."""
+
+    form: Literal["dense"] = "dense"
+    rows: Dimension
+    cols: Dimension
+    codec: Codec = Bfloat()
+
+    @property
+    def count(self) -> int:
+        """How many values are stored."""
+        return self.rows * self.cols
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """See `_Spec.stored`."""
+        return self.codec.stored(self.count)
+
+    def leaves(self) -> Iterator[tuple[str, Leaf]]:
+        """See `_Spec.leaves`."""
+        yield "", self
+
+
+class SparseSpec(_Spec):
+    """A matrix with `nonzeros` stored values and a bitmask, one bit an entry, that tells where they are."""
+
+    form: Literal["sparse"] = "sparse"
+    rows: Dimension
+    cols: Dimension
+    nonzeros: Annotated[int, Field(ge=0)]
+    codec: Codec = Bfloat()
+
+    @model_validator(mode="after")
+    def _fits(self) -> SparseSpec:
+        if self.nonzeros > self.rows * self.cols:
+            raise ValueError(f"{self.nonzeros} non-zeros do not fit into {self.rows} x {self.cols}")
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many values are stored."""
+        return self.nonzeros
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """See `_Spec.stored`."""
+        mask = StoredTensor(torch.uint8, (packed_bytes(self.rows * self.cols, 1),))
+        return {"mask": mask, **self.codec.stored(self.count)}
+
+    def leaves(self) -> Iterator[tuple[str, Leaf]]:
+        """See `_Spec.leaves`."""
+        yield "", self
+
+
+class ProductSpec(_Spec):
+    """`left` times `right`; the inner dimension is the rank or the number of atoms."""
+
+    form: Literal["product"] = "product"
+    left: FactorSpec
+    right: FactorSpec
+
+    @model_validator(mode="after")
+    def _chains(self) -> ProductSpec:
+        if self.left.cols != self.right.rows:
+            raise ValueError(
+                f"a product of {self.left.rows} x {self.left.cols} and {self.right.rows} x {self.right.cols} "
+                "does not exist; the inner dimensions must agree"
+            )
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Output dimension."""
+        return self.left.rows
+
+    @property
+    def cols(self) -> int:
+        """Input dimension."""
+        return self.right.cols
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """See `_Spec.stored`."""
+        return {
+            f"{side}.{name}": tensor
+            for side, part in (("left", self.left), ("right", self.right))
+            for name, tensor in part.stored().items()
+        }
+
+    def leaves(self) -> Iterator[tuple[str, Leaf]]:
+        """See `_Spec.leaves`."""
+        for side, part in (("left", self.left), ("right", self.right)):
+            for path, leaf in part.leaves():
+                yield f"{side}.{path}".rstrip("."), leaf
+
+
+Leaf = DenseSpec | SparseSpec
+FactorSpec = Annotated[DenseSpec | SparseSpec | ProductSpec, Field(discriminator="form")]
+ProductSpec.model_rebuild()
+
+factor_spec: TypeAdapter[DenseSpec | SparseSpec | ProductSpec] = TypeAdapter(FactorSpec)
+"""Validates plain data (from a checkpoint's JSON) into a spec."""

@@ -1,0 +1,80 @@
+"""Hard thresholding pursuit: all supports of a batch at once, by matrix products (Foucart 2011).
+
+One round takes a gradient step, keeps the ``s`` largest codes of every row, and refits them by a few conjugate gradient
+steps confined to that support (Blanchard, Tanner, Wei 2015). Orthogonal matching pursuit needs ``s`` sequential steps
+where this needs a handful, and it can start from the codes that fitted the previous dictionary.
+"""
+
+import torch
+from torch import Tensor
+
+from lexigram.linalg.selection import keep_largest
+
+ROUNDS = 1
+CG_STEPS = 3
+
+
+def htp(
+    gram: Tensor,
+    correlation: Tensor,
+    sparsity: int,
+    codes: Tensor | None = None,
+    *,
+    rounds: int = ROUNDS,
+    cg_steps: int = CG_STEPS,
+) -> Tensor:
+    """Codes ``(n, k)`` with at most ``sparsity`` non-zeros a row, from ``D D^T (k, k)`` and ``Y D^T (n, k)``.
+
+    ``codes`` are the warm start (zeros without one), themselves at most ``sparsity`` a row. The squared error of no row
+    is ever above that of its warm start: a row that ``rounds`` rounds did not improve keeps its old codes.
+    Atoms need not have unit norm; a zero atom is never used.
+    """
+    sparsity = min(sparsity, gram.shape[0])
+    scale = gram.diagonal().clamp_min(0).sqrt()
+    alive = scale > 0
+    scale = torch.where(alive, scale, 1.0)
+    unit = gram / (scale[:, None] * scale)
+    correlation = correlation / scale * alive
+    best = torch.zeros_like(correlation) if codes is None else codes * scale * alive
+    gradient = correlation if codes is None else torch.addmm(correlation, best, unit, alpha=-1.0)
+    for _ in range(rounds):
+        found, after = pursue(unit, gradient, best, sparsity, cg_steps)
+        # ||y - (c + e) D||^2 - ||y - c D||^2 = -e . (g + g'), g and g' the gradients at c and c + e: no cancellation.
+        change = found - best
+        better = torch.linalg.vecdot(change, gradient + after)[:, None] > 0
+        best = torch.where(better, found, best)
+        gradient = torch.where(better, after, gradient)
+    return best / scale
+
+
+def pursue(gram: Tensor, gradient: Tensor, codes: Tensor, sparsity: int, cg_steps: int) -> tuple[Tensor, Tensor]:
+    """One round of hard thresholding pursuit for atoms of unit norm: the new codes and their gradient ``(Y - C D) D^T``.
+
+    ``gradient`` is that of ``codes``. Working on the gradient instead of on ``Y D^T`` keeps float32 accurate when the
+    error is a small part of the signal.
+    """
+    stepped = codes + gradient
+    support = keep_largest(stepped.abs(), sparsity).to(codes.dtype)
+    codes_new = stepped.mul_(support)
+    gradient = torch.addmm(gradient, codes_new - codes, gram, alpha=-1.0)
+    confine(gram, gradient, codes_new, support, cg_steps)
+    return codes_new, gradient
+
+
+def confine(gram: Tensor, gradient: Tensor, codes: Tensor, support: Tensor, steps: int) -> None:
+    """Refit ``codes`` on their ``support`` (0.0 or 1.0) by conjugate gradients, in place, the gradient along with them."""
+    tiny = torch.finfo(codes.dtype).tiny
+    descent = gradient * support
+    power = torch.linalg.vecdot(descent, descent)
+    direction = descent.clone()
+    image = torch.empty_like(codes)
+    for step in range(steps):
+        torch.mm(direction, gram, out=image)
+        length = (power / torch.linalg.vecdot(direction, image).clamp_min(tiny))[:, None]
+        length.masked_fill_(power[:, None] <= tiny, 0.0)
+        codes.addcmul_(direction, length)
+        gradient.addcmul_(image, length, value=-1.0)
+        if step + 1 < steps:
+            torch.mul(gradient, support, out=descent)
+            before, power = power, torch.linalg.vecdot(descent, descent)
+            direction.mul_((power / before.clamp_min(tiny))[:, None]).add_(descent)

@@ -1,0 +1,158 @@
+"""`plan`: a recipe resolved into targets, forms and sizes before any weight is read; every error that a user can make
+is raised here, before any work.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from lexigram.allocation.uniform import BYTES_PER_WEIGHT, uniform
+from lexigram.calibration.text import TokenSequences, read_texts, token_sequences
+from lexigram.errors import LexigramError
+from lexigram.factors import FactorSpec
+from lexigram.methods import BudgetTooSmall, layout
+from lexigram.recipe import SELF, Recipe
+from lexigram.source import Source
+from lexigram.targets import Target, find_targets
+from lexigram.transformers_io import is_compressed
+
+_DEFAULT_LENGTH = 1024
+_DESCRIPTIONS = 20_000_000  # bytes on disk for tokenizer, configs and run.json
+_BASELINE = 500_000_000  # bytes of memory that Python and torch take by themselves
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. Sizes are stored bytes; `memory_bytes` is an estimate of the peak."""
+
+    recipe: Recipe
+    source: Source
+    targets: list[Target]
+    specs: dict[str, FactorSpec]
+    length: int
+    tokens: TokenSequences | None
+    """None where the sequences will be sampled from the model itself."""
+    uncompressed_bytes: int
+    memory_bytes: int
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the layers to compress, in bfloat16."""
+        return sum(BYTES_PER_WEIGHT * target.weight_count for target in self.targets)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of the same layers' factors."""
+        return sum(self.specs[target.name].bytes for target in self.targets)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the output folder will need, descriptions included."""
+        return self.uncompressed_bytes + self.bytes_after + _DESCRIPTIONS
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Resolve a recipe without reading weights.
+
+    Raises:
+        LexigramError: for a model, pattern, text, device or ratio that will not do.
+    """
+    source = Source.resolve(recipe.model)
+    config = source.config()
+    if is_compressed(config):
+        raise LexigramError(f"{recipe.model} is compressed already; name the original model")
+    device = _device(recipe.device)
+    skeleton = source.skeleton()
+    targets = find_targets(skeleton, recipe.include, recipe.exclude)
+    specs = _specs(recipe, targets)
+    length = _length(recipe, config)
+    return Plan(
+        recipe=recipe,
+        source=source,
+        targets=targets,
+        specs=specs,
+        length=length,
+        tokens=None if recipe.calibration.text == (SELF,) else _read_tokens(recipe, source, length),
+        uncompressed_bytes=_uncompressed_bytes(recipe, skeleton, targets),
+        memory_bytes=_memory_bytes(skeleton, targets, recipe.calibration.sequences * length),
+        device=device,
+        compute_dtype=_compute_dtype(recipe, device),
+    )
+
+
+def _specs(recipe: Recipe, targets: list[Target]) -> dict[str, FactorSpec]:
+    budgets = uniform(targets, recipe.ratio, recipe.accounting)
+    specs = {}
+    for target in targets:
+        try:
+            specs[target.name] = layout(recipe.method, target.shape, budgets[target.name])
+        except BudgetTooSmall as error:
+            raise LexigramError(f"{target.name} {target.shape} at ratio {recipe.ratio:g}: {error}") from error
+    return specs
+
+
+def _length(recipe: Recipe, config: object) -> int:
+    context = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+    length = recipe.calibration.length or min(_DEFAULT_LENGTH, context)
+    if length > context:
+        raise LexigramError(f"a calibration length of {length} exceeds the model's context of {context}; lower --length")
+    return length
+
+
+def _read_tokens(recipe: Recipe, source: Source, length: int) -> TokenSequences:
+    calibration = recipe.calibration
+    text = read_texts(calibration.text)
+    return token_sequences(
+        source.tokenizer(), text, calibration.sequences, length, calibration.seed, source=", ".join(calibration.text)
+    )
+
+
+def _uncompressed_bytes(recipe: Recipe, skeleton: PreTrainedModel, targets: list[Target]) -> int:
+    """Of everything but the target weights, in the dtype that it will be stored in; a tied weight counts once."""
+    compressed = {f"{target.name}.weight" for target in targets}
+    tied = set(skeleton.all_tied_weights_keys)
+    count = sum(
+        parameter.numel()
+        for name, parameter in skeleton.named_parameters(remove_duplicate=False)
+        if name not in compressed and name not in tied
+    )
+    return count * getattr(torch, recipe.dtype).itemsize
+
+
+def _memory_bytes(skeleton: PreTrainedModel, targets: list[Target], tokens: int) -> int:
+    """Model in float32, hidden states of all calibration tokens, Grams and whitening of the dearest decoder layer."""
+    weights = sum(4 * parameter.numel() for parameter in skeleton.parameters())
+    hidden = 4 * tokens * skeleton.config.get_text_config().hidden_size
+    inputs: dict[int | None, dict[str, int]] = {}
+    for target in targets:
+        inputs.setdefault(target.layer, {})[target.site] = target.shape[1]
+    grams = max(sum(3 * 8 * width**2 for width in sites.values()) for sites in inputs.values())
+    return _BASELINE + weights + hidden + grams
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LexigramError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """bfloat16 for the model's own matrix products where the device multiplies it natively, unless told otherwise."""
+    if recipe.compute_dtype != "auto":
+        return torch.float32 if recipe.compute_dtype == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        abilities = getattr(torch.cpu, "get_capabilities", dict)()
+        native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32

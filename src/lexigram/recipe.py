@@ -1,0 +1,102 @@
+"""A whole run as data: model, method, ratio, calibration, seeds. Read from YAML or the command line, written beside the result."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lexigram.errors import LexigramError
+from lexigram.methods import METHODS, AnyMethod, CospadiConfig
+
+SELF = "self"
+"""The calibration text that is sampled from the model itself."""
+
+
+class Calibration(BaseModel):
+    """Which text the Grams are taken on.
+
+    `text` holds file names, `demo`, ``hub:...`` names, or the single word `self`: sequences sampled from the model. `length` is
+    in tokens; None means 1024, or the model's context where that is shorter.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: tuple[str, ...] = (SELF,)
+    sequences: int = Field(default=64, ge=1)
+    length: int | None = Field(default=None, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
+class Recipe(BaseModel):
+    """Everything that decides the bytes of the result.
+
+    `ratio` is the share of the stored bytes of the compressed layers that is removed; with the accounting `paper`, of their
+    parameters. `dtype` is what the tensors that are not compressed are stored in. `seed` drives the method, the calibration
+    has its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    method: AnyMethod = CospadiConfig()
+    ratio: float = Field(default=0.2, gt=0, lt=1)
+    accounting: Literal["bytes", "paper"] = "bytes"
+    calibration: Calibration = Calibration()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    seed: int = Field(default=42, ge=0)
+    device: str = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    @classmethod
+    def parse(cls, content: dict[str, Any], where: str = "the recipe") -> "Recipe":
+        """Validate plain data.
+
+        Raises:
+            LexigramError: naming the key, its value and, for an unknown key, the nearest known one.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise LexigramError(f"{where}: {explain(error)}") from None
+
+    @classmethod
+    def read(cls, file: Path) -> dict[str, Any]:
+        """The plain content of a recipe file, not yet validated (the command line may still override parts of it)."""
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise LexigramError(f"the recipe {file} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise LexigramError(f"the recipe {file} holds no mapping of keys to values")
+        return content
+
+    def to_yaml(self) -> str:
+        """The recipe, complete, as YAML that `read` accepts."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a pydantic error in one sentence, with the nearest known key for an unknown one."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(path)
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(sorted(known))}"
+        return f"unknown key {where!r}; {hint}"
+    if first["type"] == "union_tag_invalid":
+        return f"unknown method {first['input'].get('name')!r}; the methods are {', '.join(METHODS)}"
+    return f"{where} is {first['input']!r}: {first['msg'].lower()}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    if len(path) > 1 and path[0] == "calibration":
+        return list(Calibration.model_fields)
+    if len(path) > 2 and path[0] == "method":
+        return list(METHODS[path[1]].model_fields)
+    return list(Recipe.model_fields)

@@ -1,0 +1,113 @@
+"""What a run leaves behind besides the model: `run.json`, and the stopwatch that fills it. Decides nothing."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from lexigram.methods import FitReport
+
+
+class StageCost(BaseModel):
+    """What a stage took. `peak_memory_bytes` is the process's high-water mark when the stage last ended."""
+
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+class LayerRecord(BaseModel):
+    """One compressed layer: its form, size and fit."""
+
+    name: str
+    kind: str
+    layer: int | None
+    shape: tuple[int, int]
+    site: str
+    factors: dict[str, Any]
+    bytes_before: int
+    bytes_after: int
+    parameters_after: int
+    fit: FitReport
+
+
+class RunRecord(BaseModel):
+    """The content of `run.json`.
+
+    Sizes are stored bytes, file headers aside; `bytes_*` of the compressed layers (bfloat16 before), `model_bytes_*` of the
+    whole model. `ratio` is the share of `bytes_before` that was removed, `requested_ratio` what was asked for.
+    """
+
+    lexigram: str
+    command: str
+    versions: dict[str, str]
+    machine: dict[str, str]
+    recipe: dict[str, Any]
+    model: str
+    weights_sha256: str
+    calibration_source: str
+    calibration_sha256: str
+    calibration_tokens: int
+    requested_ratio: float
+    ratio: float
+    parameter_ratio: float
+    bytes_before: int
+    bytes_after: int
+    model_bytes_before: int
+    model_bytes_after: int
+    source_file_bytes: int | None
+    bytes_by_kind: dict[str, int]
+    mean_relative_error: float
+    seconds: float
+    peak_memory_bytes: int
+    device_peak_memory_bytes: int | None
+    stages: dict[str, StageCost]
+    layers: list[LayerRecord]
+
+
+class Stopwatch:
+    """Seconds and peak memory by stage; a stage may be entered many times."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, StageCost] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time until the context ends towards `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            cost = self.stages.setdefault(name, StageCost())
+            cost.seconds += time.perf_counter() - start
+            cost.peak_memory_bytes = peak_memory_bytes()
+
+    @property
+    def seconds(self) -> float:
+        """Since the stopwatch was made."""
+        return time.perf_counter() - self._start
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide the numbers."""
+    packages = ("lexigram", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the run was computed on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "name": name, "threads": str(torch.get_num_threads()), "system": platform.system()}

