@@ -166,18 +166,17 @@ def _grams(model: nn.Module, sites: set[str], run: Callable[[], None]) -> dict[s
     return {site: accumulator.result(site) for site, accumulator in accumulators.items()}
 
 
-def _replace(
-    prepared: Plan, model: nn.Module, target: Target, gram: Gram, digest: "hashlib._Hash"
-) -> LayerRecord:
+def _replace(prepared: Plan, model: nn.Module, target: Target, gram: Gram, digest: "hashlib._Hash") -> LayerRecord:
     module, spec = model.get_submodule(target.name), prepared.specs[target.name]
+    bias = module.bias if isinstance(module.bias, Tensor) else None
     weight = weight_of(module).detach()
-    digest.update(weight.contiguous().view(torch.uint8).cpu().numpy())
+    digest.update(weight.contiguous().view(torch.uint8).cpu().numpy().data)
     generator = _generator(prepared.recipe.seed, target.name)
     try:
         factors, report = fit(prepared.recipe.method, weight, gram, spec, generator)
     except ValueError as error:
         raise LexigramError(f"{target.name} cannot be compressed: {error}") from error
-    model.set_submodule(target.name, FactoredLinear(factors, module.bias, transposed=target.transposed))
+    model.set_submodule(target.name, FactoredLinear(factors, bias, transposed=target.transposed))
     return LayerRecord(
         name=target.name,
         kind=target.kind,

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lexigram.allocation.uniform import BYTES_PER_WEIGHT, uniform
 from lexigram.calibration.text import TokenSequences, read_texts, token_sequences
+from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec
 from lexigram.methods import BudgetTooSmall, layout
@@ -64,7 +65,7 @@ def plan(recipe: Recipe) -> Plan:
     config = source.config()
     if is_compressed(config):
         raise LexigramError(f"{recipe.model} is compressed already; name the original model")
-    device = _device(recipe.device)
+    device = resolve_device(recipe.device)
     skeleton = source.skeleton()
     targets = find_targets(skeleton, recipe.include, recipe.exclude)
     specs = _specs(recipe, targets)
@@ -79,7 +80,7 @@ def plan(recipe: Recipe) -> Plan:
         uncompressed_bytes=_uncompressed_bytes(recipe, skeleton, targets),
         memory_bytes=_memory_bytes(skeleton, targets, recipe.calibration.sequences * length),
         device=device,
-        compute_dtype=_compute_dtype(recipe, device),
+        compute_dtype=forward_dtype(device, recipe.compute_dtype),
     )
 
 
@@ -98,7 +99,9 @@ def _length(recipe: Recipe, config: object) -> int:
     context = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
     length = recipe.calibration.length or min(_DEFAULT_LENGTH, context)
     if length > context:
-        raise LexigramError(f"a calibration length of {length} exceeds the model's context of {context}; lower --length")
+        raise LexigramError(
+            f"a calibration length of {length} exceeds the model's context of {context}; lower --length"
+        )
     return length
 
 
@@ -131,28 +134,3 @@ def _memory_bytes(skeleton: PreTrainedModel, targets: list[Target], tokens: int)
         inputs.setdefault(target.layer, {})[target.site] = target.shape[1]
     grams = max(sum(3 * 8 * width**2 for width in sites.values()) for sites in inputs.values())
     return _BASELINE + weights + hidden + grams
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise LexigramError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """bfloat16 for the model's own matrix products where the device multiplies it natively, unless told otherwise."""
-    if recipe.compute_dtype != "auto":
-        return torch.float32 if recipe.compute_dtype == "float32" else torch.bfloat16
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        abilities = getattr(torch.cpu, "get_capabilities", dict)()
-        native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32

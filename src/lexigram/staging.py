@@ -25,7 +25,9 @@ def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -
         if not overwrite:
             raise LexigramError(f"{out} exists and is not empty; name another folder, or replace it with --overwrite")
         if not (out / RUN_FILE).is_file():
-            raise LexigramError(f"{out} was not written by lexigram (it has no {RUN_FILE}) and is left alone; name another")
+            raise LexigramError(
+                f"{out} was not written by lexigram (it has no {RUN_FILE}) and is left alone; name another"
+            )
     parent = _existing_parent(out)
     if not os.access(parent, os.W_OK):
         raise LexigramError(f"{parent} is not writable; name another output folder")

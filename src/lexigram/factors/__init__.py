@@ -3,7 +3,7 @@
 """
 
 from lexigram.factors.codecs import Bfloat, Codec, StoredTensor
-from lexigram.factors.forms import Dense, Factor, Product, Sparse, empty
+from lexigram.factors.forms import Dense, Factor, Product, Sparse, empty, encode
 from lexigram.factors.specs import DenseSpec, FactorSpec, ProductSpec, SparseSpec, factor_spec
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "SparseSpec",
     "StoredTensor",
     "empty",
+    "encode",
     "factor_spec",
 ]

@@ -4,7 +4,6 @@ Each stands for a matrix ``M (rows, cols)``: calling it on ``x (..., cols)`` giv
 `x`, `to_dense` gives ``M``, and its parameters are exactly the integer tensors that its spec names. Nothing here fits.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,7 +63,6 @@ class Dense(_Leaf):
     @classmethod
     def encode(cls, matrix: Tensor, spec: DenseSpec) -> "Dense":
         """Round `matrix` (rows, cols) into the stored form."""
-        _same_shape(matrix, spec)
         return cls(spec, spec.codec.encode(matrix))
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,13 +86,10 @@ class Sparse(_Leaf):
         Raises:
             ValueError: where `matrix` has more non-zeros than the spec has room for.
         """
-        _same_shape(matrix, spec)
         support = (matrix != 0) if support is None else support.clone()
         missing = spec.nonzeros - int(support.sum())
         if missing < 0:
-            raise ValueError(
-                f"{spec.nonzeros - missing} non-zeros do not fit into the spec's {spec.nonzeros}"
-            )
+            raise ValueError(f"{spec.nonzeros - missing} non-zeros do not fit into the spec's {spec.nonzeros}")
         if missing:
             empty = (~support.view(-1)).nonzero().squeeze(1)[:missing]
             support.view(-1)[empty] = True
@@ -147,19 +142,27 @@ class Product(Factor):
 
 
 def empty(spec: DenseSpec | SparseSpec | ProductSpec) -> Factor:
-    """Modules for `spec` with unset tensors on the current default device (meta, while a loader builds its skeleton)."""
-    build: dict[type, Callable[[Any], Factor]] = {
-        DenseSpec: lambda leaf: Dense(leaf, _unset(leaf)),
-        SparseSpec: lambda leaf: Sparse(leaf, _unset(leaf)),
-        ProductSpec: lambda node: Product(empty(node.left), empty(node.right)),
-    }
-    return build[type(spec)](spec)
+    """Modules for `spec` with unset tensors on the default device (meta, while a loader builds its skeleton)."""
+    if isinstance(spec, ProductSpec):
+        return Product(empty(spec.left), empty(spec.right))
+    return _LEAVES[type(spec)](spec, _unset(spec))
+
+
+def encode(matrix: Tensor, spec: DenseSpec | SparseSpec | ProductSpec) -> Factor:
+    """Round `matrix` (rows, cols) into the leaf that `spec` describes.
+
+    Raises:
+        ValueError: where it does not fit, is not finite, or `spec` is no leaf.
+    """
+    if isinstance(spec, ProductSpec):
+        raise ValueError("a matrix is stored in a leaf; encode the two sides of a product by themselves")
+    if tuple(matrix.shape) != (spec.rows, spec.cols):
+        raise ValueError(f"a matrix {tuple(matrix.shape)} does not fit a spec of {spec.rows} x {spec.cols}")
+    return _LEAVES[type(spec)].encode(matrix, spec)
+
+
+_LEAVES: dict[type, Any] = {DenseSpec: Dense, SparseSpec: Sparse}
 
 
 def _unset(leaf: DenseSpec | SparseSpec) -> dict[str, Tensor]:
     return {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in leaf.stored().items()}
-
-
-def _same_shape(matrix: Tensor, spec: DenseSpec | SparseSpec) -> None:
-    if tuple(matrix.shape) != (spec.rows, spec.cols):
-        raise ValueError(f"a matrix {tuple(matrix.shape)} does not fit a spec of {spec.rows} x {spec.cols}")

@@ -8,10 +8,10 @@ where this needs a handful, and it can start from the codes that fitted the prev
 import torch
 from torch import Tensor
 
-from lexigram.linalg.selection import keep_largest
+from lexigram.linalg.selection import largest_indicator
 
 ROUNDS = 1
-CG_STEPS = 3
+CG_STEPS = 2
 
 
 def htp(
@@ -22,6 +22,7 @@ def htp(
     *,
     rounds: int = ROUNDS,
     cg_steps: int = CG_STEPS,
+    step: float = 1.0,
 ) -> Tensor:
     """Codes ``(n, k)`` with at most ``sparsity`` non-zeros a row, from ``D D^T (k, k)`` and ``Y D^T (n, k)``.
 
@@ -38,7 +39,7 @@ def htp(
     best = torch.zeros_like(correlation) if codes is None else codes * scale * alive
     gradient = correlation if codes is None else torch.addmm(correlation, best, unit, alpha=-1.0)
     for _ in range(rounds):
-        found, after = pursue(unit, gradient, best, sparsity, cg_steps)
+        found, after = pursue(unit, gradient, best, sparsity, cg_steps, step)
         # ||y - (c + e) D||^2 - ||y - c D||^2 = -e . (g + g'), g and g' the gradients at c and c + e: no cancellation.
         change = found - best
         better = torch.linalg.vecdot(change, gradient + after)[:, None] > 0
@@ -47,14 +48,18 @@ def htp(
     return best / scale
 
 
-def pursue(gram: Tensor, gradient: Tensor, codes: Tensor, sparsity: int, cg_steps: int) -> tuple[Tensor, Tensor]:
-    """One round of hard thresholding pursuit for atoms of unit norm: the new codes and their gradient ``(Y - C D) D^T``.
+def pursue(
+    gram: Tensor, gradient: Tensor, codes: Tensor, sparsity: int, cg_steps: int, step: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """One round of hard thresholding pursuit for unit atoms: the new codes and their gradient ``(Y - C D) D^T``.
 
     ``gradient`` is that of ``codes``. Working on the gradient instead of on ``Y D^T`` keeps float32 accurate when the
-    error is a small part of the signal.
+    error is a small part of the signal. ``step`` is the length of the gradient step: 1 is right for
+    orthonormal atoms; among coherent ones a new atom helps more, and an old one is missed less, than their codes say,
+    so more can be better.
     """
-    stepped = codes + gradient
-    support = keep_largest(stepped.abs(), sparsity).to(codes.dtype)
+    stepped = torch.add(codes, gradient, alpha=step)
+    support = largest_indicator(stepped.abs(), sparsity)
     codes_new = stepped.mul_(support)
     gradient = torch.addmm(gradient, codes_new - codes, gram, alpha=-1.0)
     confine(gram, gradient, codes_new, support, cg_steps)
@@ -62,7 +67,7 @@ def pursue(gram: Tensor, gradient: Tensor, codes: Tensor, sparsity: int, cg_step
 
 
 def confine(gram: Tensor, gradient: Tensor, codes: Tensor, support: Tensor, steps: int) -> None:
-    """Refit ``codes`` on their ``support`` (0.0 or 1.0) by conjugate gradients, in place, the gradient along with them."""
+    """Refit ``codes`` on their ``support`` (0.0 or 1.0) by conjugate gradients, in place, with the gradient."""
     tiny = torch.finfo(codes.dtype).tiny
     descent = gradient * support
     power = torch.linalg.vecdot(descent, descent)

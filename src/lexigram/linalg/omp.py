@@ -36,7 +36,7 @@ def omp(gram: Tensor, correlation: Tensor, sparsity: int, *, batch: int = BATCH)
 
 def _omp_unit(gram: Tensor, correlation: Tensor, sparsity: int) -> Tensor:
     """`omp` for atoms of unit norm and one batch."""
-    n, k = correlation.shape
+    n = correlation.shape[0]
     rows = torch.arange(n, device=gram.device)
     codes = torch.zeros_like(correlation)
     residual = correlation.clone()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def truncated_svd(signals: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best ``left (n, r) @ right (r, d)`` of signals ``(n, d)``; ``right`` has orthonormal rows, ``left`` the scale.
+    """The best ``left (n, r) @ right (r, d)`` of signals ``(n, d)``; the rows of ``right`` are orthonormal.
 
     From the eigendecomposition of the smaller Gram in float64: several times faster than an SVD, and the squaring
     costs accuracy only in singular values below about 1e-8 of the largest, less than float32 signals resolve.

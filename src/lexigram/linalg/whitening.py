@@ -76,7 +76,9 @@ def whiten(gram: Tensor, *, rank_tolerance: float = RANK_TOLERANCE, damping: flo
 
 def _checked(gram: Tensor) -> Tensor:
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
-        raise ValueError(f"a Gram is a square matrix, got the shape {tuple(gram.shape)}; pass X^T X of the layer's inputs")
+        raise ValueError(
+            f"a Gram is a square matrix, got the shape {tuple(gram.shape)}; pass X^T X of the layer's inputs"
+        )
     gram = gram.detach().to(torch.float64)
     if not torch.isfinite(gram).all():
         bad = int((~torch.isfinite(gram)).sum())

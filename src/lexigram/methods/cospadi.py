@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lexigram.calibration.gram import Gram
-from lexigram.factors import Bfloat, Dense, DenseSpec, Product, ProductSpec, Sparse, SparseSpec
+from lexigram.factors import Bfloat, DenseSpec, Product, ProductSpec, SparseSpec, encode
 from lexigram.linalg.dictionary_learning import HTP, KSVD, MOD, OMP, Coding, Start, Update, learn_dictionary
 from lexigram.methods.base import (
     Budget,
@@ -28,7 +28,7 @@ from lexigram.methods.base import (
     size,
 )
 
-_RHO_SLACK = 0.03  # how far k/s may move from rho to fill a budget of bytes
+_RHO_SLACK = 0.03  # how far k/s may move from rho to fill a budget of bytes, besides one step of s
 
 
 class CospadiConfig(MethodConfig):
@@ -62,8 +62,8 @@ PRESETS: dict[str, CospadiConfig] = {
 @layout.register
 def _(config: CospadiConfig, shape: tuple[int, int], budget: Budget) -> ProductSpec:
     """For parameters the paper's formula: ``k = K / (in + out / rho)``, ``s = k / rho``, both rounded down, 14-bit
-    coefficients. For bytes the same with the mask's bits counted; then the pair with k/s within 3 % of rho that leaves the
-    fewest bytes over.
+    coefficients. For bytes the same with the mask's bits counted; then the pair with k/s close to rho that leaves the fewest
+    bytes over.
     """
     out_features, in_features = shape
     if budget.unit == "parameters":
@@ -73,9 +73,9 @@ def _(config: CospadiConfig, shape: tuple[int, int], budget: Budget) -> ProductS
     atom_bits = 16 * in_features + out_features
     most = int(8 * budget.amount / (atom_bits + bits * out_features / config.rho))
     best = _spec(shape, most, int(most / config.rho), bits, budget)
-    for atoms in range(most, int(most * (1 - _RHO_SLACK)), -1):
+    for atoms in range(int(most * (1 + _RHO_SLACK)) + 1, int(most * (1 - _RHO_SLACK)) - 1, -1):
         sparsity = min(int((8 * budget.amount - atoms * atom_bits) / (bits * out_features)), atoms)
-        if sparsity < 1 or abs(atoms / sparsity / config.rho - 1) > _RHO_SLACK:
+        if sparsity < 1 or abs(atoms / sparsity / config.rho - 1) > _RHO_SLACK + 1 / sparsity:
             continue
         spec = _spec(shape, atoms, sparsity, bits, budget)
         if best.bytes < spec.bytes <= budget.amount:
@@ -103,9 +103,7 @@ def _(
         tolerance=config.tolerance,
         generator=generator,
     )
-    factors = Product(
-        Sparse.encode(learned.codes, spec.left), Dense.encode(whitening.unwhiten(learned.dictionary), spec.right)
-    )
+    factors = Product(encode(learned.codes, spec.left), encode(whitening.unwhiten(learned.dictionary), spec.right))
     scale = float(signals.double().square().sum()) or 1.0
     last = learned.stop == "iterations"
     return factors, FitReport(

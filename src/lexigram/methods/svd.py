@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lexigram.calibration.gram import Gram
-from lexigram.factors import Dense, DenseSpec, FactorSpec, Product, ProductSpec
+from lexigram.factors import DenseSpec, FactorSpec, Product, ProductSpec, encode
 from lexigram.linalg.svd import truncated_svd
 from lexigram.methods.base import (
     Budget,
@@ -53,7 +53,7 @@ def _(
     signals = whitening.whiten(weight)
     left, right = truncated_svd(signals, spec.left.cols)
     lost = float((signals - left @ right).square().sum() / signals.square().sum().clamp_min(torch.finfo().tiny))
-    factors = Product(Dense.encode(left, spec.left), Dense.encode(whitening.unwhiten(right), spec.right))
+    factors = Product(encode(left, spec.left), encode(whitening.unwhiten(right), spec.right))
     return factors, FitReport(
         status="converged",
         message=f"rank {spec.left.cols} of {min(weight.shape)}, exact",

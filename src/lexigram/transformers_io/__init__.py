@@ -4,7 +4,7 @@ Importing this package registers our format, so that plain ``from_pretrained`` o
 """
 
 from lexigram.transformers_io.linear import FactoredLinear, LayerSpec, factored_layers, make_dense
-from lexigram.transformers_io.loading import export_dense, is_compressed, load
+from lexigram.transformers_io.loading import export_dense, is_compressed, load, open_model
 from lexigram.transformers_io.quantizer import LexigramConfig, LexigramQuantizer, attach_config
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "is_compressed",
     "load",
     "make_dense",
+    "open_model",
 ]

@@ -25,7 +25,7 @@ class FactoredLinear(nn.Module):
 
     def __init__(self, factors: Factor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
         super().__init__()
-        self.factors = factors
+        self.factors: Factor = factors
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
         self.transposed = transposed
 
@@ -46,7 +46,7 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (..., out) of inputs (..., in), in the dtype of the inputs (under autocast, of autocast)."""
-        y = self.factors(x)
+        y: Tensor = self.factors(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense(self, dtype: torch.dtype) -> nn.Module:

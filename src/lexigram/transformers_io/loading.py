@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lexigram.errors import LexigramError
+from lexigram.source import Source
 from lexigram.transformers_io import quantizer
 from lexigram.transformers_io.linear import factored_layers
 
@@ -47,10 +48,14 @@ def load(
         raise
     except Exception as error:  # transformers raises many types here; all of them mean the same to the user
         raise LexigramError(f"cannot load {path}: {type(error).__name__}: {error}") from error
-    problems = {key: report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
+    problems = {
+        key: report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)
+    }
     if problems:
         kind, keys = next(iter(problems.items()))
-        raise LexigramError(f"{path} is not complete: {kind.replace('_', ' ')}: {', '.join(sorted(map(str, keys))[:3])}")
+        raise LexigramError(
+            f"{path} is not complete: {kind.replace('_', ' ')}: {', '.join(sorted(map(str, keys))[:3])}"
+        )
     if not any(True for _ in factored_layers(model)):
         raise LexigramError(f"{path} holds an ordinary model; open it with transformers")
     if dense:
@@ -69,3 +74,13 @@ def export_dense(path: str | Path, out: str | Path, dtype: torch.dtype | str = "
     model = load(path, dtype=dtype, dense=True)
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(path).save_pretrained(out)
+
+
+def open_model(
+    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, Any]:
+    """Any model, compressed or not, with its tokenizer; `name` is whatever a command takes as MODEL."""
+    source = Source.resolve(name)
+    if is_compressed(source.config()):
+        return load(source.path, device=device, dtype=dtype), source.tokenizer()
+    return source.model(device, dtype), source.tokenizer()

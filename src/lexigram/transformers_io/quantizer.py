@@ -65,7 +65,9 @@ class LexigramConfig(QuantizationConfigMixin):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise LexigramError(f"the checkpoint's quantization_config is malformed at {where}: {first['msg']}") from None
+            raise LexigramError(
+                f"the checkpoint's quantization_config is malformed at {where}: {first['msg']}"
+            ) from None
         self.format_version = format_version
         self.weights = weights
 

@@ -36,14 +36,18 @@ def detach_methods(model: PreTrainedModel) -> None:
     del model.save_pretrained, model.float, model.half
 
 
-def _save_pretrained(self: PreTrainedModel, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+def _save_pretrained(
+    self: PreTrainedModel, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any
+) -> None:
     """Write the compressed model; files appear in `save_directory` only when all of them are complete, the config last.
 
     Raises:
         LexigramError: for options that would write names which transformers loads without lexigram.
     """
     if push_to_hub or kwargs.get("variant"):
-        raise LexigramError("a compressed model is saved locally and without `variant`; upload the folder with `hf upload`")
+        raise LexigramError(
+            "a compressed model is saved locally and without `variant`; upload the folder with `hf upload`"
+        )
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".lexigram-", dir=folder))

@@ -1,0 +1,37 @@
+"""Which device to compute on, and in which dtype a forward pass is run there."""
+
+from typing import Literal
+
+import torch
+
+from lexigram.errors import LexigramError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; ``auto`` is a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        LexigramError: where it cannot be used.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise LexigramError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def forward_dtype(device: torch.device, wanted: Literal["auto", "float32", "bfloat16"] = "auto") -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32; or what is wanted."""
+    if wanted != "auto":
+        return torch.float32 if wanted == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        abilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32

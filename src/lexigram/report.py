@@ -1,0 +1,140 @@
+"""Records to tables, as rich renderables. A pure function of what stands in the JSON files; called by the command line."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from lexigram.planning import Plan
+from lexigram.records import LayerRecord, RunRecord
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a run will do: one row a kind of layer."""
+    table = Table(title=f"{plan.recipe.model}: {plan.recipe.method.name} at ratio {plan.recipe.ratio:g}")
+    for column, justify in (("layers", "right"), ("kind", "left"), ("shape", "right"), ("form", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    groups: dict[tuple[str, tuple[int, int]], list[str]] = defaultdict(list)
+    for target in plan.targets:
+        groups[target.kind, target.shape].append(target.name)
+    for (kind, shape), names in groups.items():
+        spec = plan.specs[names[0]]
+        before = len(names) * 2 * shape[0] * shape[1]
+        after = sum(plan.specs[name].bytes for name in names)
+        table.add_row(
+            str(len(names)), kind, f"{shape[0]} x {shape[1]}", form(spec.model_dump()), size(before), size(after)
+        )
+    table.add_section()
+    table.add_row(str(len(plan.targets)), "all", "", "", size(plan.bytes_before), size(plan.bytes_after))
+    table.add_row(
+        "", "not compressed", "", plan.recipe.dtype, size(plan.uncompressed_bytes), size(plan.uncompressed_bytes)
+    )
+    return table
+
+
+def bytes_table(record: RunRecord) -> Table:
+    """Where the bytes are."""
+    table = Table(title="stored bytes")
+    table.add_column("kind")
+    table.add_column("bytes", justify="right")
+    table.add_column("share", justify="right")
+    for kind, count in sorted(record.bytes_by_kind.items(), key=lambda item: -item[1]):
+        table.add_row(kind, f"{count:,}", f"{count / record.model_bytes_after:.1%}")
+    table.add_section()
+    table.add_row(
+        "model",
+        f"{record.model_bytes_after:,}",
+        f"{record.model_bytes_after / record.model_bytes_before:.1%} of before",
+    )
+    table.add_row("compressed layers", f"{record.bytes_after:,}", f"{1 - record.ratio:.1%} of before")
+    return table
+
+
+def error_map(layers: Sequence[LayerRecord]) -> Table:
+    """Every layer's relative output error, decoder layers down, kinds across, the worse the redder."""
+    kinds = list(dict.fromkeys(layer.kind for layer in layers))
+    errors = {(layer.layer, layer.kind): layer.fit.relative_error for layer in layers}
+    worst = max(errors.values()) or 1.0
+    table = Table(title="relative error of each layer's output on the calibration text")
+    table.add_column("layer", justify="right")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for index in dict.fromkeys(layer.layer for layer in layers):
+        cells = []
+        for kind in kinds:
+            error = errors.get((index, kind))
+            if error is None:
+                cells.append(Text(""))
+                continue
+            red = int(55 + 200 * error / worst)
+            cells.append(Text(f"{error:.4f}", style=f"rgb({red},{255 - red // 2},80)"))
+        table.add_row("-" if index is None else str(index), *cells)
+    return table
+
+
+def forms_table(layers: Sequence[LayerRecord]) -> Table:
+    """The form of each kind of layer, and its mean and worst error."""
+    table = Table(title="forms")
+    for column in ("layers", "kind", "shape", "form", "bytes a layer", "mean error", "worst error"):
+        table.add_column(column, justify="left" if column in ("kind", "form") else "right")
+    groups: dict[tuple[str, tuple[int, int]], list[LayerRecord]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.kind, layer.shape].append(layer)
+    for (kind, shape), members in groups.items():
+        errors = [member.fit.relative_error for member in members]
+        table.add_row(
+            str(len(members)),
+            kind,
+            f"{shape[0]} x {shape[1]}",
+            form(members[0].factors),
+            f"{members[0].bytes_after:,}",
+            f"{sum(errors) / len(errors):.4f}",
+            f"{max(errors):.4f}",
+        )
+    return table
+
+
+def evaluation_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Evaluations side by side, as `lexigram eval --json` wrote them."""
+    table = Table(title=f"{rows[0].get('text', 'text')}, context {rows[0].get('context')}")
+    for column in ("model", "size", "token perplexity", "word perplexity", "KL", "top-1 agreement", "tokens"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(
+            str(row.get("label", "")),
+            size(row["model_bytes"]) if row.get("model_bytes") else "",
+            _number(row.get("token_perplexity"), ".2f"),
+            _number(row.get("word_perplexity"), ".1f"),
+            _number(row.get("kl"), ".4f"),
+            _number(row.get("top1_agreement"), ".1%"),
+            _number(row.get("tokens"), ",d"),
+        )
+    return table
+
+
+def form(spec: dict[str, Any]) -> str:
+    """A factor expression in one line: `dense(576x306) . sparse(306x576, 155 a column)` read in the paper's order."""
+    if spec["form"] == "product":
+        return f"{form(spec['right'])} {form(spec['left'])}"
+    shape = f"{spec['cols']}x{spec['rows']}"
+    bits = spec["codec"]["bits"]
+    if spec["form"] == "sparse":
+        return f"sparse {shape}, s {spec['nonzeros'] / spec['rows']:g}, {bits} bit"
+    return f"dense {shape},"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
