@@ -1,6 +1,7 @@
 """The command line: one command a stage, no logic. Every option ends in a field of a recipe or an argument of the API."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,10 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import torch
 import transformers
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,9 +25,9 @@ from lexigram.evaluation import evaluate, greedy_sentence
 from lexigram.methods import METHODS, PRESETS
 from lexigram.pipeline import compress as run_compress
 from lexigram.planning import plan as make_plan
-from lexigram.recipe import Recipe
+from lexigram.recipe import Recipe, explain
 from lexigram.records import RunRecord, versions
-from lexigram.staging import RUN_FILE
+from lexigram.staging import RUN_FILE, check_target
 from lexigram.transformers_io import export_dense, open_model
 
 app = typer.Typer(
@@ -51,17 +52,36 @@ class Accounting(str, Enum):
     paper = "paper"
 
 
+class DtypeName(str, Enum):
+    """A dtype that a model may be opened in."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or `demo`.")
 ]
-Method = Annotated[MethodName, typer.Option("--method", "-m", help="How layers are factored.")]
+_BUDGET, _TEXT, _SOLVER, _MACHINE = "What and how much", "Calibration", "Solver of cospadi", "Machine and output"
+_FAST = PRESETS["fast"]
+
 Preset = Annotated[
     PresetName | None,
-    typer.Option(help="Solver of cospadi: `fast` (default) or `published`, the paper's own (hours on a real model)."),
+    typer.Option(
+        help="`fast`, or `published`: the paper's own (hours on a real model). [default: fast]",
+        rich_help_panel=_SOLVER,
+    ),
 ]
 Ratio = Annotated[
     float | None,
-    typer.Option("--ratio", "-r", help="Share of the compressed layers' stored bytes to remove. [default: 0.2]"),
+    typer.Option(
+        "--ratio",
+        "-r",
+        help="Share of the compressed layers' stored bytes to remove. [default: 0.2]",
+        rich_help_panel=_BUDGET,
+    ),
 ]
 Texts = Annotated[
     list[str] | None,
@@ -70,12 +90,18 @@ Texts = Annotated[
         "-c",
         metavar="TEXT",
         help="A .txt or .jsonl file (repeatable), `demo`, `hub:NAME`, or `self`: sampled from the model. [default: self]",
+        rich_help_panel=_TEXT,
     ),
 ]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, ...; `auto` takes a GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights that are not compressed: auto, bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    DtypeName, typer.Option(help="Of the weights that are not compressed; `auto` keeps what the checkpoint has.")
+]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML with any of these settings; options win over it.")
+    Path | None,
+    typer.Option(
+        "--recipe", help="YAML with any of these settings, such as a result's recipe.yaml; options win over it."
+    ),
 ]
 
 
@@ -93,6 +119,11 @@ def _recipe(
     old = content.get("method") or {}
     if given.get("name", old.get("name")) != old.get("name"):
         old = {}  # options of another method do not carry over
+    name = given.get("name", old.get("name", "cospadi"))
+    if base and name != base["name"]:
+        raise LexigramError(
+            f"--preset {preset.value} is a solver of {base['name']}; leave it out for the method {name}"
+        )
     content["method"] = {"name": "cospadi", **base, **old, **given}
     content["calibration"] = {
         **(content.get("calibration") or {}),
@@ -100,6 +131,21 @@ def _recipe(
     }
     content |= {"model": model, **{key: value for key, value in top.items() if value is not None}}
     return Recipe.parse(content, str(file) if file else "the settings")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _say("lexigram {lexigram} (torch {torch}, transformers {transformers}, Python {python})".format(**versions()))
+        raise typer.Exit
+
+
+@app.callback(epilog="`lexigram COMMAND --help` shows a command's options, with examples.")
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the versions and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make language models smaller after training, without retraining."""
 
 
 @app.command(
@@ -114,41 +160,116 @@ def compress(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears when it is complete.")],
     recipe: RecipeFile = None,
     method: Annotated[
-        MethodName | None, typer.Option("--method", "-m", help="How layers are factored. [default: cospadi]")
+        MethodName | None,
+        typer.Option("--method", "-m", help="How layers are factored. [default: cospadi]", rich_help_panel=_BUDGET),
     ] = None,
-    preset: Preset = None,
     ratio: Ratio = None,
     accounting: Annotated[
-        Accounting | None, typer.Option(help="Count bytes, or parameters as the paper does. [default: bytes]")
+        Accounting | None,
+        typer.Option(help="Count bytes, or parameters as the paper does. [default: bytes]", rich_help_panel=_BUDGET),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Compress only layers that match, such as `q_proj` or `*.mlp.*` (repeatable).",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave out layers that match (repeatable).", rich_help_panel=_BUDGET),
+    ] = None,
+    plain: Annotated[
+        bool | None,
+        typer.Option(
+            "--plain", help="Fit the weights themselves, not their outputs on the text.", rich_help_panel=_BUDGET
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the method's random choices. [default: 42]", rich_help_panel=_BUDGET)
     ] = None,
     calibration: Texts = None,
-    sequences: Annotated[int | None, typer.Option(help="Calibration sequences. [default: 64]")] = None,
+    sequences: Annotated[
+        int | None, typer.Option(help="How many sequences of it. [default: 64]", rich_help_panel=_TEXT)
+    ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens a sequence. [default: 1024, or the model's context]")
+        int | None,
+        typer.Option(help="Tokens a sequence. [default: 1024, or the model's context]", rich_help_panel=_TEXT),
     ] = None,
-    calibration_seed: Annotated[int | None, typer.Option(help="Which sequences are drawn. [default: 0]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the method. [default: 42]")] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Only layers matching this pattern, such as `q_proj` or `*.mlp.*`.")
+    calibration_seed: Annotated[
+        int | None, typer.Option(help="Decides which sequences are drawn. [default: 0]", rich_help_panel=_TEXT)
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Not layers matching this pattern.")] = None,
-    rho: Annotated[float | None, typer.Option(help="cospadi: atoms over non-zeros a column, k/s.")] = None,
-    coefficient_bits: Annotated[int | None, typer.Option(help="cospadi: 16 (bfloat16) or 14.")] = None,
-    coding: Annotated[str | None, typer.Option(help="cospadi: `htp` or `omp`.")] = None,
-    update: Annotated[str | None, typer.Option(help="cospadi: `mod`, `ksvd` or `ksvd-exact`.")] = None,
-    start: Annotated[str | None, typer.Option(help="cospadi: `svd` or `columns`.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="cospadi: outer iterations at most.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="cospadi: stop below this relative improvement.")] = None,
-    plain: Annotated[
-        bool | None, typer.Option("--plain", help="Ignore the calibration: fit the weights themselves.")
+    preset: Preset = None,
+    rho: Annotated[
+        float | None,
+        typer.Option(help=f"k/s: atoms over non-zeros a column. [default: {_FAST.rho:g}]", rich_help_panel=_SOLVER),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="`cpu`, `cuda`, ... [default: auto]")] = None,
+    coefficient_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="16|14", help="Stored bits of a coefficient; 16 is bfloat16. [default: 16]", rich_help_panel=_SOLVER
+        ),
+    ] = None,
+    coding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="htp|omp", help=f"How coefficients are found. [default: {_FAST.coding}]", rich_help_panel=_SOLVER
+        ),
+    ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mod|ksvd|ksvd-exact",
+            help=f"How the dictionary is updated. [default: {_FAST.update}]",
+            rich_help_panel=_SOLVER,
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="svd|columns", help=f"The first dictionary. [default: {_FAST.start}]", rich_help_panel=_SOLVER
+        ),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(help=f"Outer iterations at most. [default: {_FAST.iterations}]", rich_help_panel=_SOLVER),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Stop below this relative improvement. [default: {_FAST.tolerance:g}]", rich_help_panel=_SOLVER
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="`cpu`, `cuda`, ...; `auto` takes a GPU where there is one. [default: auto]", rich_help_panel=_MACHINE
+        ),
+    ] = None,
     compute_dtype: Annotated[
-        str | None, typer.Option(help="Of the calibration's forward pass. [default: auto]")
+        str | None,
+        typer.Option(
+            metavar="auto|float32|bfloat16",
+            help="Of the calibration's forward pass; `auto` takes bfloat16 where the device has it. [default: auto]",
+            rich_help_panel=_MACHINE,
+        ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of what is not compressed. [default: bfloat16]")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of lexigram's.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="bfloat16|float16|float32",
+            help="What is not compressed is stored in this. [default: bfloat16]",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace OUT if it is an earlier result of ours.", rich_help_panel=_MACHINE),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_MACHINE)
+    ] = False,
 ) -> None:
     """Compress MODEL into the folder OUT.
 
@@ -179,9 +300,11 @@ def compress(
         compute_dtype=compute_dtype,
         dtype=dtype,
     )
+    if not dry_run:
+        check_target(out, overwrite=overwrite)
     prepared = make_plan(settings)
     console.print(report.plan_table(prepared))
-    console.print(
+    _say(
         f"about {report.size(prepared.memory_bytes)} of memory, {report.size(prepared.disk_bytes)} on disk; "
         f"device {prepared.device}, forward pass in {str(prepared.compute_dtype).removeprefix('torch.')}"
     )
@@ -190,7 +313,7 @@ def compress(
     with _bars() as bars:
         record = run_compress(settings, out, overwrite=overwrite, progress=bars, prepared=prepared)
     console.print(report.bytes_table(record))
-    console.print(
+    _say(
         f"{out}: {report.size(record.model_bytes_before)} -> {report.size(record.model_bytes_after)}, mean output error "
         f"{record.mean_relative_error:.4f}, {record.seconds:.0f} s, peak {report.size(record.peak_memory_bytes)}"
     )
@@ -219,13 +342,15 @@ def eval_(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
     label: Annotated[str | None, typer.Option(help="Name of the row in reports. [default: MODEL]")] = None,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Dtype = DtypeName.auto,
 ) -> None:
     """Measure MODEL's perplexity on a text and, with --reference, its distance from another model."""
+    if json_file:
+        _check_file(json_file)
     content = read_texts(text, demo_part="evaluation")
     place = resolve_device(device)
-    opened, tokenizer = open_model(model, device=place, dtype=dtype)
-    other = open_model(reference, device=place, dtype=dtype)[0] if reference else None
+    opened, tokenizer = open_model(model, device=place, dtype=dtype.value)
+    other = open_model(reference, device=place, dtype=dtype.value)[0] if reference else None
     with _bars() as bars, bars.steps("evaluate") as update:
         result = evaluate(
             opened,
@@ -259,7 +384,11 @@ def report_(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What `lexigram eval --json` wrote.")],
 ) -> None:
     """Print evaluations side by side."""
-    console.print(report.evaluation_table([_read_json(file) for file in files]))
+    rows = [_read_json(file) for file in files]
+    for file, row in zip(files, rows, strict=True):
+        if not isinstance(row.get("token_perplexity"), (int, float)):
+            raise LexigramError(f"{file} holds no evaluation; name what `lexigram eval --json` wrote")
+    console.print(report.evaluation_table(rows))
 
 
 @app.command(epilog=_examples("lexigram inspect smaller", "lexigram inspect smaller --json"))
@@ -271,8 +400,10 @@ def inspect(
     content = _read_json(folder / RUN_FILE)
     try:
         record = RunRecord.model_validate(content)
-    except ValueError as error:
-        raise LexigramError(f"{folder / RUN_FILE} was not written by this version of lexigram: {error}") from error
+    except ValidationError as error:
+        raise LexigramError(
+            f"{folder / RUN_FILE} was not written by lexigram {versions()['lexigram']}: {explain(error)}"
+        ) from error
     if as_json:
         print(record.model_dump_json(indent=1))
         return
@@ -285,11 +416,11 @@ def inspect(
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress` wrote.")],
     dense: Annotated[Path, typer.Option("--dense", metavar="OUT", help="Folder to write, with dense weights.")],
-    dtype: Dtype = "auto",
+    dtype: Dtype = DtypeName.auto,
 ) -> None:
     """Write a compressed model as an ordinary checkpoint of the original size, for software that knows no lexigram."""
-    export_dense(folder, dense, dtype=dtype)
-    console.print(f"{dense}: an ordinary checkpoint, {report.size(_folder_bytes(dense))}")
+    export_dense(folder, dense, dtype=dtype.value)
+    _say(f"{dense}: an ordinary checkpoint, {report.size(_folder_bytes(dense))}")
 
 
 @app.command(epilog=_examples('lexigram generate smaller "The capital of France is"'))
@@ -299,11 +430,11 @@ def generate(
     tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 32,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Dtype = DtypeName.auto,
 ) -> None:
     """Let MODEL go on from PROMPT, the likeliest token each time."""
-    opened, tokenizer = open_model(model, device=resolve_device(device), dtype=dtype)
-    console.print(greedy_sentence(opened, tokenizer, prompt, tokens, chat=chat), markup=False, highlight=False)
+    opened, tokenizer = open_model(model, device=resolve_device(device), dtype=dtype.value)
+    _say(greedy_sentence(opened, tokenizer, prompt, tokens, chat=chat))
 
 
 class _Bars:
@@ -338,21 +469,40 @@ def _bars() -> Iterator[_Bars]:
         yield _Bars(bars)
 
 
+def _say(line: str) -> None:
+    """Print as it stands: no markup in file names, no breaks that a script would have to undo."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_file(file: Path) -> None:
+    """Raise before any work where `file` cannot become a file in the end."""
+    if file.is_dir():
+        raise LexigramError(f"{file} is a folder; name a file to write the figures to")
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise LexigramError(
+            f"{file} cannot be written: {parent} is not a folder that one can write to; name another file"
+        )
+
+
 def _write(file: Path, content: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
         partial.write_text(content, encoding="utf-8")
         partial.replace(file)
     except OSError as error:
-        raise LexigramError(f"{file} cannot be written: {error}") from error
+        partial.unlink(missing_ok=True)
+        raise LexigramError(f"{file} cannot be written: {error.strerror or error}; name another file") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LexigramError(f"{file} cannot be read: {error}; name what lexigram wrote") from error
+    except OSError as error:
+        raise LexigramError(f"{file} cannot be read: {error.strerror or error}; name what lexigram wrote") from error
+    except ValueError as error:
+        raise LexigramError(f"{file} is not JSON ({error}); name what lexigram wrote") from error
     if not isinstance(content, dict):
         raise LexigramError(f"{file} holds no JSON object; name what lexigram wrote")
     return content
@@ -375,14 +525,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        code = app(standalone_mode=False)
+        app()
     except LexigramError as error:
         errors.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
-        code = 1
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        errors.print("interrupted; nothing was left half-written")
-        code = 130
-    sys.exit(code)
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == 130:
+            errors.print("interrupted; nothing was left half-written")
+        raise

@@ -19,7 +19,10 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise LexigramError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise LexigramError(
+            f"the device {name!r} cannot be used: {reason}; name another, such as cpu, or auto"
+        ) from error
     return device
 
 

@@ -71,11 +71,13 @@ def compress(
         LexigramError: for whatever the user can mend; `out` is then as it was.
     """
     progress, watch, out = progress or Silent(), Stopwatch(), Path(out)
+    check_target(out, overwrite=overwrite)
     with watch.stage("plan"):
         prepared = prepared or plan(recipe)
         check_target(out, overwrite=overwrite, needed_bytes=prepared.disk_bytes)
     with watch.stage("load"), progress.stage("load the model", 1) as step:
         model = prepared.source.model(prepared.device)
+        _check_finite(model, f"{recipe.model} has", "mend the checkpoint")
         step()
     tokens = prepared.tokens
     if tokens is None:
@@ -86,6 +88,7 @@ def compress(
     with _disk_errors(out), staged(out, overwrite=overwrite) as folder:
         with watch.stage("save"), progress.stage("save", 1) as step:
             attach_config(model.to(getattr(torch, recipe.dtype)))
+            _check_finite(model, f"stored as {recipe.dtype},", "store it in another --dtype")
             model.save_pretrained(folder)
             prepared.source.tokenizer().save_pretrained(folder)
             step()
@@ -191,6 +194,13 @@ def _replace(prepared: Plan, model: nn.Module, target: Target, gram: Gram, diges
     )
 
 
+def _check_finite(model: nn.Module, what: str, remedy: str) -> None:
+    """Raise where a weight is NaN or infinite, whether it is compressed or not: the result would be broken without a sign."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise LexigramError(f"{what} values in {name} that are not finite (NaN or infinity); {remedy}")
+
+
 def _generator(seed: int, name: str) -> torch.Generator:
     """One stream of random numbers a layer, whatever the order in which layers are fitted."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -224,7 +234,7 @@ def _record(
         lexigram=versions()["lexigram"],
         command=" ".join(sys.argv),
         versions=versions(),
-        machine=machine(device),
+        machine={**machine(device), "compute_dtype": str(prepared.compute_dtype).removeprefix("torch.")},
         recipe=recipe.model_dump(mode="json"),
         model=recipe.model,
         weights_sha256=weights_sha256,

@@ -12,7 +12,7 @@ from lexigram.calibration.text import TokenSequences, read_texts, token_sequence
 from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec
-from lexigram.methods import BudgetTooSmall, layout
+from lexigram.methods import BudgetTooSmallError, layout
 from lexigram.recipe import SELF, Recipe
 from lexigram.source import Source
 from lexigram.targets import Target, find_targets
@@ -90,7 +90,7 @@ def _specs(recipe: Recipe, targets: list[Target]) -> dict[str, FactorSpec]:
     for target in targets:
         try:
             specs[target.name] = layout(recipe.method, target.shape, budgets[target.name])
-        except BudgetTooSmall as error:
+        except BudgetTooSmallError as error:
             raise LexigramError(f"{target.name} {target.shape} at ratio {recipe.ratio:g}: {error}") from error
     return specs
 
@@ -107,6 +107,8 @@ def _length(recipe: Recipe, config: object) -> int:
 
 def _read_tokens(recipe: Recipe, source: Source, length: int) -> TokenSequences:
     calibration = recipe.calibration
+    if SELF in calibration.text:
+        raise LexigramError(f"{SELF!r} stands beside other calibration texts; name either it alone or only texts")
     text = read_texts(calibration.text)
     return token_sequences(
         source.tokenizer(), text, calibration.sequences, length, calibration.seed, source=", ".join(calibration.text)

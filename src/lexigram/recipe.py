@@ -1,17 +1,20 @@
-"""A whole run as data: model, method, ratio, calibration, seeds. Read from YAML or the command line, written beside the result."""
+"""A whole run as data: model, method, ratio, calibration, seeds. Read from YAML or the command line, kept with the result."""
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lexigram.errors import LexigramError
 from lexigram.methods import METHODS, AnyMethod, CospadiConfig
 
 SELF = "self"
 """The calibration text that is sampled from the model itself."""
+
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""Several strings; in a file a single one may stand without a list."""
 
 
 class Calibration(BaseModel):
@@ -23,7 +26,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: tuple[str, ...] = (SELF,)
+    text: Names = (SELF,)
     sequences: int = Field(default=64, ge=1)
     length: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0)
@@ -44,8 +47,8 @@ class Recipe(BaseModel):
     ratio: float = Field(default=0.2, gt=0, lt=1)
     accounting: Literal["bytes", "paper"] = "bytes"
     calibration: Calibration = Calibration()
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Names = ()
+    exclude: Names = ()
     seed: int = Field(default=42, ge=0)
     device: str = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -68,10 +71,20 @@ class Recipe(BaseModel):
         """The plain content of a recipe file, not yet validated (the command line may still override parts of it)."""
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise LexigramError(f"the recipe {file} cannot be read: {error}") from error
+        except OSError as error:
+            raise LexigramError(
+                f"the recipe {file} cannot be read: {error.strerror or error}; check the path"
+            ) from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise LexigramError(f"the recipe {file} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
-            raise LexigramError(f"the recipe {file} holds no mapping of keys to values")
+            raise LexigramError(f"the recipe {file} holds no mapping; write keys and values such as `ratio: 0.3`")
+        for key in ("method", "calibration"):
+            if not isinstance(content.get(key) or {}, dict):
+                raise LexigramError(
+                    f"{file}: {key} is {content[key]!r}; write a mapping such as "
+                    + ("`method: {name: svd}`" if key == "method" else "`calibration: {text: demo}`")
+                )
         return content
 
     def to_yaml(self) -> str:
@@ -83,20 +96,22 @@ def explain(error: ValidationError) -> str:
     """The first problem of a pydantic error in one sentence, with the nearest known key for an unknown one."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
+    method = path.pop(1) if path[:1] == ["method"] and len(path) > 1 else None  # pydantic's, not written by the user
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _known_keys(path)
+        known = _known_keys(path, method)
         near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(sorted(known))}"
-        return f"unknown key {where!r}; {hint}"
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}"
+        return f"unknown key {where!r}{f' of the method {method}' if method else ''}; {hint}"
     if first["type"] == "union_tag_invalid":
         return f"unknown method {first['input'].get('name')!r}; the methods are {', '.join(METHODS)}"
-    return f"{where} is {first['input']!r}: {first['msg'].lower()}"
+    if first["type"] == "missing":
+        return f"{where} is missing; give it a value"
+    message = first["msg"].replace("Input should", "it should")
+    return f"{where} is {first['input']!r}; {message[:1].lower()}{message[1:]}"
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    if len(path) > 1 and path[0] == "calibration":
-        return list(Calibration.model_fields)
-    if len(path) > 2 and path[0] == "method":
-        return list(METHODS[path[1]].model_fields)
-    return list(Recipe.model_fields)
+def _known_keys(path: list[str], method: str | None) -> list[str]:
+    if method is not None:
+        return list(METHODS[method].model_fields)
+    return list(Calibration.model_fields if path[0] == "calibration" and len(path) > 1 else Recipe.model_fields)

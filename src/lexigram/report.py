@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +23,7 @@ def size(count: float) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """What a run will do: one row a kind of layer."""
-    table = Table(title=f"{plan.recipe.model}: {plan.recipe.method.name} at ratio {plan.recipe.ratio:g}")
+    table = Table(title=f"{escape(plan.recipe.model)}: {plan.recipe.method.name} at ratio {plan.recipe.ratio:g}")
     for column, justify in (("layers", "right"), ("kind", "left"), ("shape", "right"), ("form", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("before", justify="right")
@@ -65,8 +66,9 @@ def bytes_table(record: RunRecord) -> Table:
 
 def error_map(layers: Sequence[LayerRecord]) -> Table:
     """Every layer's relative output error, decoder layers down, kinds across, the worse the redder."""
-    kinds = list(dict.fromkeys(layer.kind for layer in layers))
-    errors = {(layer.layer, layer.kind): layer.fit.relative_error for layer in layers}
+    names = _names_within(layers)
+    kinds = list(dict.fromkeys(names))
+    errors = {(layer.layer, name): layer.fit.relative_error for layer, name in zip(layers, names, strict=True)}
     worst = max(errors.values()) or 1.0
     table = Table(title="relative error of each layer's output on the calibration text")
     table.add_column("layer", justify="right")
@@ -83,6 +85,13 @@ def error_map(layers: Sequence[LayerRecord]) -> Table:
             cells.append(Text(f"{error:.4f}", style=f"rgb({red},{255 - red // 2},80)"))
         table.add_row("-" if index is None else str(index), *cells)
     return table
+
+
+def _names_within(layers: Sequence[LayerRecord]) -> list[str]:
+    """Each layer's kind; where one decoder layer has two of a kind (GPT-2's c_proj), the whole name inside it."""
+    if len({(layer.layer, layer.kind) for layer in layers}) == len(layers):
+        return [layer.kind for layer in layers]
+    return [layer.name if layer.layer is None else layer.name.split(f".{layer.layer}.", 1)[-1] for layer in layers]
 
 
 def forms_table(layers: Sequence[LayerRecord]) -> Table:
@@ -109,31 +118,51 @@ def forms_table(layers: Sequence[LayerRecord]) -> Table:
 
 def evaluation_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Evaluations side by side, as `lexigram eval --json` wrote them."""
-    table = Table(title=f"{rows[0].get('text', 'text')}, context {rows[0].get('context')}")
+    texts = [_text_and_windows(row) for row in rows]
+    same = len(set(texts)) == 1
+    table = Table(title=texts[0] if same else "on different texts or windows: rows are not comparable")
     for column in ("model", "size", "token perplexity", "word perplexity", "KL", "top-1 agreement", "tokens"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
+    if not same:
+        table.add_column("text")
+    for row, text in zip(rows, texts, strict=True):
         table.add_row(
-            str(row.get("label", "")),
+            escape(str(row.get("label", ""))),
             size(row["model_bytes"]) if row.get("model_bytes") else "",
             _number(row.get("token_perplexity"), ".2f"),
             _number(row.get("word_perplexity"), ".1f"),
             _number(row.get("kl"), ".4f"),
             _number(row.get("top1_agreement"), ".1%"),
             _number(row.get("tokens"), ",d"),
+            *([] if same else [text]),
         )
     return table
 
 
 def form(spec: dict[str, Any]) -> str:
-    """A factor expression in one line: `dense(576x306) . sparse(306x576, 155 a column)` read in the paper's order."""
+    """A factor expression in one line, in the field's words: `k 306, s 155` (CoSpaDi), `rank 230` (low rank)."""
     if spec["form"] == "product":
-        return f"{form(spec['right'])} {form(spec['left'])}"
-    shape = f"{spec['cols']}x{spec['rows']}"
-    bits = spec["codec"]["bits"]
+        left, right = spec["left"], spec["right"]
+        if left["form"] == right["form"] == "dense":
+            return f"rank {left['cols']}{_bits(left)}"
+        if left["form"] == "sparse" and right["form"] == "dense":
+            return f"k {left['cols']}, s {left['nonzeros'] / left['rows']:g}{_bits(left)}"
+        return f"({form(left)}) ({form(right)})"
+    shape = f"{spec['rows']}x{spec['cols']}"
     if spec["form"] == "sparse":
-        return f"sparse {shape}, s {spec['nonzeros'] / spec['rows']:g}, {bits} bit"
-    return f"dense {shape},"
+        return f"sparse {shape}, {spec['nonzeros'] / spec['rows']:g} a row{_bits(spec)}"
+    return f"dense {shape}{_bits(spec)}"
+
+
+def _bits(leaf: dict[str, Any]) -> str:
+    bits = leaf["codec"]["bits"]
+    return "" if bits == 16 else f", {bits} bit"
+
+
+def _text_and_windows(row: dict[str, Any]) -> str:
+    context, stride = row.get("context"), row.get("stride")
+    overlap = "" if stride in (None, context) else f", stride {stride}"
+    return escape(f"{row.get('text', 'text')}, context {context}{overlap}, {row.get('windows')} windows")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -86,7 +86,8 @@ class Source:
                 return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         except ValueError as error:
             raise LexigramError(
-                f"{self.name} is not a causal language model that transformers knows: {error}"
+                f"{self.name} is a {type(config).__name__.removesuffix('Config')} model, not a causal language model that "
+                "transformers knows; name one that AutoModelForCausalLM can load"
             ) from error
 
     def model(self, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -96,10 +97,31 @@ class Source:
             device: where to put it.
             dtype: of its weights; ``auto`` keeps the checkpoint's own, and float32 for GGUF, whose blocks are finer than
                 bfloat16 can tell apart.
+
+        Raises:
+            LexigramError: where a tensor is missing or has another shape than the config says; transformers would only warn
+                and go on with random weights.
         """
         if self.gguf is not None and dtype == "auto":
             dtype = torch.float32
-        model = self._open(AutoModelForCausalLM.from_pretrained, "weights", dtype=dtype)
+        model, report = self._open(
+            AutoModelForCausalLM.from_pretrained,
+            "weights",
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the report names them
+        )
+        if report["mismatched_keys"]:
+            name, found, expected = min(report["mismatched_keys"])
+            raise LexigramError(
+                f"{self.name} is damaged: {name} has the shape {tuple(found)} in the weights and {tuple(expected)} by "
+                "config.json; fetch the model again"
+            )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise LexigramError(
+                f"{self.name} is not complete: {missing[0]}{_and_more(missing)} is missing in its weights; fetch it again"
+            )
         if self.gguf is not None:
             _forget_gguf(model)
         return model.to(device).eval()
@@ -121,7 +143,14 @@ class Source:
         except LexigramError:
             raise
         except Exception as error:  # transformers raises many types here; all of them mean the same to the user
-            raise LexigramError(f"cannot open the {what} of {self.name}: {_first_line(error)}") from error
+            raise LexigramError(
+                f"cannot open the {what} of {self.name}: {_first_line(error)}; {self._remedy()}"
+            ) from error
+
+    def _remedy(self) -> str:
+        if self.gguf is None and not Path(self.path).is_dir():
+            return "check the name and the connection to the hub, or name a local folder"
+        return "check that the model is complete and undamaged"
 
 
 def demo_file() -> Path:
@@ -176,4 +205,9 @@ def _sha256(file: Path) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    return f"{type(error).__name__}: {line.rstrip('.')}"
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all: written under another name beside the target, then renamed."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -24,11 +25,13 @@ def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise LexigramError(f"{out} exists and is not empty; name another folder, or replace it with --overwrite")
-        if not (out / RUN_FILE).is_file():
+        if not _is_ours(out):
             raise LexigramError(
-                f"{out} was not written by lexigram (it has no {RUN_FILE}) and is left alone; name another"
+                f"{out} was not written by lexigram (it has no {RUN_FILE} of ours) and is left alone; name another folder"
             )
     parent = _existing_parent(out)
+    if not parent.is_dir():
+        raise LexigramError(f"{parent} is a file, so {out} cannot be made in it; name another output folder")
     if not os.access(parent, os.W_OK):
         raise LexigramError(f"{parent} is not writable; name another output folder")
     free = shutil.disk_usage(parent).free
@@ -41,12 +44,13 @@ def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -
 @contextmanager
 def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder beside `out` that becomes `out` when the context ends well, and is removed when it does not."""
+    out = Path(os.path.abspath(out))  # "." has neither a name nor a parent
     check_target(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    staging.chmod(0o755)
     try:
         yield staging
+        _usual_modes(staging)
         if out.is_dir() and any(out.iterdir()):
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
             os.replace(out, old / out.name)
@@ -56,6 +60,24 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it has a run.json that says it is lexigram's; other software uses that file name too."""
+    try:
+        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "lexigram" in content
+
+
+def _usual_modes(folder: Path) -> None:
+    """What a plain mkdir and open would have given; temporary folders and safetensors files are closed to others."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,7 +12,6 @@ from lexigram.errors import LexigramError
 from lexigram.linalg.whitening import Whitening, whiten
 
 _CHUNK_TOKENS = 2048  # float32 inside a chunk, float64 across chunks
-_BLOCKS = 3  # column blocks: with 3, the products below the diagonal that are left out save a third of the work
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,9 @@ class Gram:
     @cached_property
     def whitening(self) -> Whitening:
         """The factor ``L`` with ``L^T L = G``, computed once for all the layers on this site."""
-        return whiten(self.matrix)
+        found = whiten(self.matrix)
+        # Rounding in the sums leaves small eigenvalues where there should be none; the tokens bound the true rank.
+        return replace(found, rank=min(found.rank, self.tokens))
 
 
 class GramAccumulator:
@@ -48,9 +49,7 @@ class GramAccumulator:
         if self._sum is None:
             self._sum = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
         for chunk in rows.split(_CHUNK_TOKENS):
-            for block in torch.arange(rows.shape[1], device="cpu").chunk(_BLOCKS):
-                first, last = int(block[0]), int(block[-1]) + 1
-                self._sum[first:last, first:] += chunk[:, first:last].T @ chunk[:, first:]
+            self._sum += _self_product(chunk)
         self._tokens += rows.shape[0]
 
     def result(self, name: str) -> Gram:
@@ -66,8 +65,15 @@ class GramAccumulator:
                 f"the inputs of {name} are not finite on the calibration text; compute in float32 "
                 "(--compute-dtype float32) or look for broken weights before it"
             )
-        upper = self._sum.triu()
-        return Gram(upper + upper.triu(1).T, self._tokens)
+        return Gram((self._sum + self._sum.T) / 2, self._tokens)
+
+
+def _self_product(rows: Tensor) -> Tensor:
+    """``rows^T rows``. On the CPU through numpy, which knows that it is symmetric and computes one half only."""
+    if rows.device.type != "cpu":
+        return rows.T @ rows
+    array = rows.numpy()
+    return torch.from_numpy(array.T @ array)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class LayerRunner:
         layers: Sequence[nn.Module],
         ids: Tensor,
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int = 8192,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Record the arguments of every layer, up to the first layer's input.
@@ -74,9 +74,11 @@ class LayerRunner:
         """How a layer wraps its hidden states: as a bare tensor or as the first of a tuple."""
         outputs: list[Any] = []
         hook = self._layers[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
-        with self._standing_in([None, *[lambda hidden, *_a, **_k: outputs[0]] * (len(self._layers) - 1)]):
-            self._forward(ids)
-        hook.remove()
+        try:
+            with self._standing_in([None, *[lambda hidden, *_a, **_k: outputs[0]] * (len(self._layers) - 1)]):
+                self._forward(ids)
+        finally:
+            hook.remove()
         if isinstance(outputs[0], tuple):
             rest = outputs[0][1:]
             return lambda hidden: (hidden, *rest)
@@ -96,16 +98,20 @@ class LayerRunner:
     @contextmanager
     def _standing_in(self, forwards: Sequence[Callable[..., Any] | None]) -> Iterator[None]:
         """Replace the forward of every layer that has a stand-in, on the instance, for the length of the context."""
-        replaced = []
+        replaced: list[tuple[nn.Module, Any]] = []
         try:
             for layer, forward in zip(self._layers, forwards, strict=True):
                 if forward is not None:
+                    # An instance may have a forward of its own already: accelerate's hooks are put in that way.
+                    replaced.append((layer, layer.__dict__.get("forward")))
                     layer.__dict__["forward"] = _positional(forward)
-                    replaced.append(layer)
             yield
         finally:
-            for layer in replaced:
-                del layer.__dict__["forward"]
+            for layer, own in replaced:
+                if own is None:
+                    del layer.__dict__["forward"]
+                else:
+                    layer.__dict__["forward"] = own
 
 
 def _positional(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +130,7 @@ def _hidden_of(output: Any) -> Tensor:
 
 
 def _shared(new: Any, old: Any) -> Any:
-    """`new` with every tensor that equals its counterpart in `old` replaced by that one: a mask is kept once, not once a batch."""
+    """`new` with the tensors of `old` wherever they are equal: a mask is kept once, not once a batch."""
     if isinstance(new, Tensor):
         same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
         return old if same else new

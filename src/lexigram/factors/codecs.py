@@ -54,11 +54,13 @@ class Bfloat(BaseModel):
             ValueError: where a value is not finite or rounds to infinity.
         """
         drop = 32 - self.bits
-        pattern = values.reshape(-1).to(torch.float32).contiguous().view(torch.int32)
+        flat = values.reshape(-1).to(torch.float32).contiguous()
+        pattern = flat.view(torch.int32)
         odd = (pattern >> drop) & 1
         rounded = (pattern + ((1 << (drop - 1)) - 1) + odd) >> drop
         exponent = (rounded >> (self.bits - 9)) & 0xFF
-        if bool((exponent == 0xFF).any()):
+        # Rounding can carry a finite value to infinity, and a NaN of all ones past it to zero: both ends are looked at.
+        if bool((exponent == 0xFF).any()) or not bool(torch.isfinite(flat).all()):
             raise ValueError("a value to be stored is not finite in bfloat16; look for NaN or huge weights")
         if self.bits == 16:
             return {"values": rounded.to(torch.int16)}

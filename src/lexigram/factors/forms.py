@@ -86,7 +86,8 @@ class Sparse(_Leaf):
         Raises:
             ValueError: where `matrix` has more non-zeros than the spec has room for.
         """
-        support = (matrix != 0) if support is None else support.clone()
+        matrix = matrix.contiguous()
+        support = (matrix != 0) if support is None else support.clone(memory_format=torch.contiguous_format)
         missing = spec.nonzeros - int(support.sum())
         if missing < 0:
             raise ValueError(f"{spec.nonzeros - missing} non-zeros do not fit into the spec's {spec.nonzeros}")

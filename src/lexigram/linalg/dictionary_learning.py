@@ -20,8 +20,11 @@ __all__ = ["HTP", "KSVD", "MOD", "OMP", "Coding", "LearnedDictionary", "Start", 
 ITERATIONS = 12
 TOLERANCE = 1e-3
 
+# Measured on the layers of a small language model. Hard thresholding gains by gradient steps beyond 1 until too many rows
+# fail, so the step follows the share of failures; the extrapolation likewise follows its own success.
 _FIRST_STEP = 1.2
 _FIRST_STRETCH = 0.5
+# An extrapolation may give back this share of the iteration's gain: the next coding returns more than that.
 _PATIENCE = 0.9
 
 
@@ -61,8 +64,8 @@ def learn_dictionary(
     worse on a row than the codes at hand (orthogonal matching pursuit starts from nothing and can), that row keeps its
     old codes. Atoms without a code become the residuals of the worst represented signals and are counted. Stops after
     ``iterations``, or when the relative improvement of the squared error falls below ``tolerance``, or at an exact fit.
-    ``accelerate`` moves both factors on along their last change after every iteration, kept while nine tenths of the
-    iteration's gain at most are spent on it; the next coding wins back more (the paper has nothing of the kind).
+    ``accelerate`` moves both factors on along their last change after every iteration but the last, as long as a tenth
+    of the iteration's gain remains (the paper has nothing of the kind; it halves the time to a given error and more).
     Random numbers come from ``generator`` only, which may be left out when the start needs none.
     """
     began = time.perf_counter()
@@ -90,7 +93,7 @@ def learn_dictionary(
         found = coding(work, dictionary, codes, residual, sparsity, step)
         codes, residual, worse = _better_rows(work, dictionary, codes, residual, found)
         # As bold as leaves most rows improved: the codes of a row that did not are lost work.
-        step = max(step * 0.9, 1.0) if worse > 0.1 else min(step * 1.1, 2.0)
+        step = min(2.0, step * (0.6 if worse > 0.5 else 0.9 if worse > 0.1 else 1.1))
         objective = min(before, _squares(residual))
         updated = _normalised(*update(codes, dictionary, residual))
         left, after = _left(work, *updated)

@@ -12,24 +12,24 @@ POWER_ITERATIONS = 8
 def mod(codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, float]:
     """Method of optimal directions (Engan, Aase, Husoy 1999): the dictionary ``(k, d)`` of least error for these codes.
 
-    Solves ``C^T C E = C^T R`` for the change ``E`` by Cholesky. Where ``C^T C`` is singular (unused or dependent atoms)
-    a ridge is added, the second result, as a share of its mean diagonal, 0.0 if none was needed: the ridge holds the
-    change back and not the dictionary, so the error never rises and atoms without a code stay what they are.
+    Solves ``C^T C E = C^T R`` for the change ``E`` by Cholesky, every atom scaled by the energy of its codes. Where the
+    columns of ``C`` are dependent to working precision a ridge is added, the second result, as a share of the scaled
+    diagonal, 0.0 if none was needed. It holds the change back and not the dictionary, so the error never rises. Atoms
+    without a code stay what they are.
     """
     normal = codes.T @ codes
-    right = codes.T @ residual
-    mean = normal.diagonal().mean().clamp_min(torch.finfo(codes.dtype).tiny)
+    scale = normal.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    normal = normal / scale[:, None] / scale
+    right = (codes.T @ residual) / scale[:, None]
+    # A pivot below this is rounding, even where Cholesky finds it positive.
     resolution = normal.shape[0] * torch.finfo(codes.dtype).eps
-    for ridge in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
-        shifted = normal.clone()
-        shifted.diagonal().add_(ridge * mean)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
-        if failed:
-            continue
-        # A pivot below rounding is noise, though Cholesky called it positive.
-        if lower.diagonal().square().min() > resolution * (mean if ridge == 0.0 else 0.0):
-            return dictionary + torch.cholesky_solve(right, lower), ridge
-    return dictionary, float("inf")
+    for ridge in (0.0, 1e-4, 1e-2, 1.0):
+        normal.diagonal().fill_(1.0 + ridge)
+        lower, failed = torch.linalg.cholesky_ex(normal)
+        if not failed and lower.diagonal().square().min() > resolution:
+            break
+    return dictionary + torch.cholesky_solve(right, lower) / scale[:, None], ridge
 
 
 def ksvd(

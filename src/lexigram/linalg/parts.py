@@ -1,4 +1,4 @@
-"""The exchangeable parts of dictionary learning: sparse coders, dictionary updates and starts, behind one signature each.
+"""The exchangeable parts of dictionary learning: sparse coders, dictionary updates and starts.
 
 They hold their settings and nothing else; `lexigram.linalg.dictionary_learning` runs them.
 """
@@ -99,13 +99,12 @@ def start_columns(signals: Tensor, atoms: int, generator: torch.Generator | None
 
 def start_svd(signals: Tensor, atoms: int, generator: torch.Generator | None) -> Tensor:
     """Leading right singular vectors of the signals, random signals where their rank does not suffice."""
-    leading = truncated_svd(signals, min(atoms, *signals.shape))[1]
-    norms = leading.norm(dim=1)
-    leading = leading[norms > 1e-6 * norms.max()]
+    left, leading = truncated_svd(signals, min(atoms, *signals.shape))
+    energy = left.norm(dim=0)
+    leading = leading[energy > 1e-6 * energy.max()]
     if leading.shape[0] == atoms:
-        return leading / leading.norm(dim=1, keepdim=True)
-    others = start_columns(signals, atoms - leading.shape[0], generator)
-    return torch.cat([leading / leading.norm(dim=1, keepdim=True), others])
+        return leading
+    return torch.cat([leading, start_columns(signals, atoms - leading.shape[0], generator)])
 
 
 STARTS: dict[Start, Callable[[Tensor, int, torch.Generator | None], Tensor]] = {

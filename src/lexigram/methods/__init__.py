@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lexigram.methods.base import Budget, BudgetTooSmall, FitReport, MethodConfig, fit, layout
+from lexigram.methods.base import Budget, BudgetTooSmallError, FitReport, MethodConfig, fit, layout
 from lexigram.methods.cospadi import PRESETS, CospadiConfig
 from lexigram.methods.svd import SvdConfig
 
@@ -19,7 +19,7 @@ __all__ = [
     "PRESETS",
     "AnyMethod",
     "Budget",
-    "BudgetTooSmall",
+    "BudgetTooSmallError",
     "CospadiConfig",
     "FitReport",
     "MethodConfig",

@@ -55,7 +55,7 @@ def layout(config: MethodConfig, shape: tuple[int, int], budget: Budget) -> Fact
     """The form that `config` gives a weight of `shape` (out, in) within `budget`: as close as the form allows, never over.
 
     Raises:
-        BudgetTooSmall: where not even the smallest such form fits.
+        BudgetTooSmallError: where not even the smallest such form fits.
     """
     raise NotImplementedError(f"no method is registered for {type(config).__name__}")
 
@@ -79,7 +79,7 @@ def fit(
     raise NotImplementedError(f"no method is registered for {type(config).__name__}")
 
 
-class BudgetTooSmall(ValueError):
+class BudgetTooSmallError(ValueError):
     """The smallest factors of this form need more than the budget."""
 
     def __init__(self, needed: int, budget: Budget) -> None:

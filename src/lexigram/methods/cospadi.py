@@ -5,8 +5,9 @@ a row, the dense one ``D^T (k x in)``. The fit is an ordinary dictionary learnin
 brings the dictionary back (the paper's "Gram orthonormalisation").
 """
 
+import math
 import time
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from pydantic import Field
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from lexigram.calibration.gram import Gram
 from lexigram.factors import Bfloat, DenseSpec, Product, ProductSpec, SparseSpec, encode
+from lexigram.factors.bits import packed_bytes
 from lexigram.linalg.dictionary_learning import HTP, KSVD, MOD, OMP, Coding, Start, Update, learn_dictionary
 from lexigram.methods.base import (
     Budget,
-    BudgetTooSmall,
+    BudgetTooSmallError,
     FitReport,
     MethodConfig,
     checked_weight,
@@ -25,10 +27,20 @@ from lexigram.methods.base import (
     layout,
     plain_whitening,
     relative_error,
-    size,
 )
 
 _RHO_SLACK = 0.03  # how far k/s may move from rho to fill a budget of bytes, besides one step of s
+
+
+class SolverParts(TypedDict):
+    """The exchangeable parts of `learn_dictionary`."""
+
+    coding: Coding
+    update: Update
+    start: Start
+    accelerate: bool
+    iterations: int
+    tolerance: float
 
 
 class CospadiConfig(MethodConfig):
@@ -40,21 +52,24 @@ class CospadiConfig(MethodConfig):
 
     name: Literal["cospadi"] = "cospadi"
     rho: float = Field(default=2.0, ge=1.0)
-    coefficient_bits: Literal[14, 16] = 16
+    coefficient_bits: Literal[10, 12, 14, 16] = 14
     coding: Literal["htp", "omp"] = "htp"
     htp_rounds: int = Field(default=HTP().rounds, ge=1)
     cg_steps: int = Field(default=HTP().cg_steps, ge=1)
     update: Literal["mod", "ksvd", "ksvd-exact"] = "mod"
     power_iterations: int = Field(default=8, ge=1)
     start: Start = "svd"
-    iterations: int = Field(default=8, ge=1)
+    accelerate: bool = True
+    iterations: int = Field(default=12, ge=1)
     tolerance: float = Field(default=1e-3, ge=0)
     plain: bool = False
 
 
 PRESETS: dict[str, CospadiConfig] = {
     "fast": CospadiConfig(),
-    "published": CospadiConfig(coding="omp", update="ksvd", start="columns", iterations=60, tolerance=0.0),
+    "published": CospadiConfig(
+        coding="omp", update="ksvd", start="columns", accelerate=False, iterations=60, tolerance=0.0
+    ),
 }
 """`published` is the paper's solver (its tolerance is open; 0 runs all 60 iterations), `fast` the one chosen by measurement."""
 
@@ -67,19 +82,26 @@ def _(config: CospadiConfig, shape: tuple[int, int], budget: Budget) -> ProductS
     """
     out_features, in_features = shape
     if budget.unit == "parameters":
-        atoms = int(budget.amount / (in_features + out_features / config.rho))
-        return _spec(shape, atoms, int(atoms / config.rho), 14, budget)
+        atom = in_features + out_features / config.rho
+        atoms = int(budget.amount / atom)
+        if atoms < config.rho:
+            raise BudgetTooSmallError(math.ceil(math.ceil(config.rho) * atom), budget)
+        return _spec(shape, atoms, int(atoms / config.rho), 14)
     bits = config.coefficient_bits
-    atom_bits = 16 * in_features + out_features
-    most = int(8 * budget.amount / (atom_bits + bits * out_features / config.rho))
-    best = _spec(shape, most, int(most / config.rho), bits, budget)
-    for atoms in range(int(most * (1 + _RHO_SLACK)) + 1, int(most * (1 - _RHO_SLACK)) - 1, -1):
-        sparsity = min(int((8 * budget.amount - atoms * atom_bits) / (bits * out_features)), atoms)
-        if sparsity < 1 or abs(atoms / sparsity / config.rho - 1) > _RHO_SLACK + 1 / sparsity:
+    most = int(8 * budget.amount / (16 * in_features + out_features + bits * out_features / config.rho))
+    fewest = max(1, int(most * (1 - _RHO_SLACK) - config.rho))
+    best = None
+    for atoms in (most, *range(int(most * (1 + _RHO_SLACK)) + 1, fewest - 1, -1)):
+        left = budget.amount - packed_bytes(atoms * in_features, 16) - packed_bytes(atoms * out_features, 1)
+        wanted = atoms / config.rho
+        sparsity = min(8 * left // (bits * out_features), int((wanted + 1) / (1 - _RHO_SLACK)), atoms)
+        if sparsity < max(1.0, (wanted - 1) / (1 + _RHO_SLACK)):
             continue
-        spec = _spec(shape, atoms, sparsity, bits, budget)
-        if best.bytes < spec.bytes <= budget.amount:
+        spec = _spec(shape, atoms, sparsity, bits)
+        if best is None or spec.bytes > best.bytes:
             best = spec
+    if best is None:
+        raise BudgetTooSmallError(_spec(shape, 1, 1, bits).bytes, budget)
     return best
 
 
@@ -96,12 +118,8 @@ def _(
         signals,
         atoms=spec.left.cols,
         sparsity=spec.left.nonzeros // spec.left.rows,
-        coding=_coding(config),
-        update=_update(config),
-        start=config.start,
-        iterations=config.iterations,
-        tolerance=config.tolerance,
         generator=generator,
+        **solver(config),
     )
     factors = Product(encode(learned.codes, spec.left), encode(whitening.unwhiten(learned.dictionary), spec.right))
     scale = float(signals.double().square().sum()) or 1.0
@@ -123,23 +141,21 @@ def _(
     )
 
 
-def _coding(config: CospadiConfig) -> Coding:
-    return OMP() if config.coding == "omp" else HTP(config.htp_rounds, config.cg_steps)
+def solver(config: CospadiConfig) -> SolverParts:
+    """The parts that `config` names, as arguments of `learn_dictionary`."""
+    power = config.power_iterations if config.update == "ksvd" else None
+    return {
+        "coding": OMP() if config.coding == "omp" else HTP(config.htp_rounds, config.cg_steps),
+        "update": MOD() if config.update == "mod" else KSVD(power),
+        "start": config.start,
+        "accelerate": config.accelerate,
+        "iterations": config.iterations,
+        "tolerance": config.tolerance,
+    }
 
 
-def _update(config: CospadiConfig) -> Update:
-    if config.update == "mod":
-        return MOD()
-    return KSVD(config.power_iterations if config.update == "ksvd" else None)
-
-
-def _spec(shape: tuple[int, int], atoms: int, sparsity: int, bits: Literal[14, 16], budget: Budget) -> ProductSpec:
-    def spec(atoms: int, sparsity: int) -> ProductSpec:
-        return ProductSpec(
-            left=SparseSpec(rows=shape[0], cols=atoms, nonzeros=sparsity * shape[0], codec=Bfloat(bits=bits)),
-            right=DenseSpec(rows=atoms, cols=shape[1]),
-        )
-
-    if atoms < 1 or sparsity < 1:
-        raise BudgetTooSmall(size(spec(1, 1), budget.unit), budget)
-    return spec(atoms, sparsity)
+def _spec(shape: tuple[int, int], atoms: int, sparsity: int, bits: Literal[10, 12, 14, 16]) -> ProductSpec:
+    return ProductSpec(
+        left=SparseSpec(rows=shape[0], cols=atoms, nonzeros=sparsity * shape[0], codec=Bfloat(bits=bits)),
+        right=DenseSpec(rows=atoms, cols=shape[1]),
+    )

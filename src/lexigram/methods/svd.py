@@ -15,7 +15,7 @@ from lexigram.factors import DenseSpec, FactorSpec, Product, ProductSpec, encode
 from lexigram.linalg.svd import truncated_svd
 from lexigram.methods.base import (
     Budget,
-    BudgetTooSmall,
+    BudgetTooSmallError,
     FitReport,
     MethodConfig,
     checked_weight,
@@ -39,7 +39,7 @@ def _(config: SvdConfig, shape: tuple[int, int], budget: Budget) -> ProductSpec:
     one = _spec(shape, 1)
     rank = min(budget.amount // size(one, budget.unit), *shape)
     if rank < 1:
-        raise BudgetTooSmall(size(one, budget.unit), budget)
+        raise BudgetTooSmallError(size(one, budget.unit), budget)
     return _spec(shape, rank)
 
 

@@ -23,6 +23,8 @@ class LayerSpec(BaseModel):
 class FactoredLinear(nn.Module):
     """``y = x M^T + b`` with ``M (out, in)`` given by factors that are never multiplied out."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, factors: Factor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
         super().__init__()
         self.factors: Factor = factors

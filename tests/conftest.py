@@ -1,0 +1,85 @@
+"""What all tests share: where the data lies, toy models built on the spot, one thread for what is tiny."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+TOYS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=16),
+    "mistral": lambda: MistralConfig(**_SIZES),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SIZES, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt2": lambda: GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, n_positions=128, vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    ),
+    "phi": lambda: PhiConfig(**_SIZES),
+}
+"""Configs by name; a fresh one each call, because building a model writes into its config."""
+
+
+def build_toy(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A model of a few thousand random weights, in evaluation mode; the global random state is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(TOYS[name](), dtype=dtype).eval()
+
+
+@pytest.fixture(params=sorted(TOYS))
+def toy(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Every toy in turn, float32."""
+    return build_toy(request.param)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real text and models; tests that need it are skipped where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"the data folder {DATA} is absent; it is not part of the repository")
+    return DATA
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for tiny tensors: several only wait for each other."""
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
