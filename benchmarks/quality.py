@@ -1,4 +1,4 @@
-"""Perplexity of `demo` after compression: dense, svd and cospadi at several ratios and calibration seeds, at equal stored bytes.
+"""Perplexity of `demo` after compression: dense, svd and cospadi at several ratios and seeds, at equal stored bytes.
 
 Each row is one `lexigram compress` and one `lexigram eval`; the exact commands are in the result. Run from anywhere:
 

@@ -95,7 +95,11 @@ Texts = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, ...; `auto` takes a GPU where there is one.")]
 Dtype = Annotated[
-    DtypeName, typer.Option(help="Of the weights that are not compressed; `auto` keeps what the checkpoint has.")
+    DtypeName,
+    typer.Option(
+        metavar="DTYPE",
+        help="Of what is not compressed: bfloat16, float16, float32, or `auto`, what the checkpoint has.",
+    ),
 ]
 RecipeFile = Annotated[
     Path | None,
@@ -208,7 +212,9 @@ def compress(
     coefficient_bits: Annotated[
         int | None,
         typer.Option(
-            metavar="16|14", help="Stored bits of a coefficient; 16 is bfloat16. [default: 16]", rich_help_panel=_SOLVER
+            metavar="16|14",
+            help=f"Stored bits of a coefficient; 16 is bfloat16. [default: {_FAST.coefficient_bits}]",
+            rich_help_panel=_SOLVER,
         ),
     ] = None,
     coding: Annotated[
@@ -376,7 +382,7 @@ def eval_(
     }
     if json_file:
         _write(json_file, json.dumps(figures, indent=1) + "\n")
-    console.print(report.evaluation_table([figures]))
+    console.print(*report.evaluation_tables([figures]))
 
 
 @app.command(name="report", epilog=_examples("lexigram report dense.json smaller.json"))
@@ -388,7 +394,7 @@ def report_(
     for file, row in zip(files, rows, strict=True):
         if not isinstance(row.get("token_perplexity"), (int, float)):
             raise LexigramError(f"{file} holds no evaluation; name what `lexigram eval --json` wrote")
-    console.print(report.evaluation_table(rows))
+    console.print(*report.evaluation_tables(rows))
 
 
 @app.command(epilog=_examples("lexigram inspect smaller", "lexigram inspect smaller --json"))

@@ -6,14 +6,14 @@ place. At any time only one layer's Grams exist. Then save.
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -72,6 +72,8 @@ def compress(
     """
     progress, watch, out = progress or Silent(), Stopwatch(), Path(out)
     check_target(out, overwrite=overwrite)
+    if prepared is not None:
+        watch.credit("plan", prepared.seconds)
     with watch.stage("plan"):
         prepared = prepared or plan(recipe)
         check_target(out, overwrite=overwrite, needed_bytes=prepared.disk_bytes)
@@ -85,7 +87,7 @@ def compress(
             tokens = _sample(prepared, model, progress)
     digest = hashlib.sha256()
     layers = _replace_targets(prepared, model, tokens.ids, watch, progress, digest)
-    with _disk_errors(out), staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite=overwrite) as folder:
         with watch.stage("save"), progress.stage("save", 1) as step:
             attach_config(model.to(getattr(torch, recipe.dtype)))
             _check_finite(model, f"stored as {recipe.dtype},", "store it in another --dtype")
@@ -257,12 +259,3 @@ def _record(
         stages=watch.stages,
         layers=layers,
     )
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """A failed write, whoever raised it, as one error that says that nothing was left."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise LexigramError(f"{out} could not be written: {error}; nothing was left there, free some space") from error

@@ -2,6 +2,7 @@
 is raised here, before any work.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,8 @@ class Plan:
     memory_bytes: int
     device: torch.device
     compute_dtype: torch.dtype
+    seconds: float
+    """How long the planning took; reading and tokenising the text is most of it."""
 
     @property
     def bytes_before(self) -> int:
@@ -61,6 +64,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         LexigramError: for a model, pattern, text, device or ratio that will not do.
     """
+    start = time.perf_counter()
     source = Source.resolve(recipe.model)
     config = source.config()
     if is_compressed(config):
@@ -81,6 +85,7 @@ def plan(recipe: Recipe) -> Plan:
         memory_bytes=_memory_bytes(skeleton, targets, recipe.calibration.sequences * length),
         device=device,
         compute_dtype=forward_dtype(device, recipe.compute_dtype),
+        seconds=time.perf_counter() - start,
     )
 
 

@@ -89,6 +89,11 @@ class Stopwatch:
             cost.seconds += time.perf_counter() - start
             cost.peak_memory_bytes = peak_memory_bytes()
 
+    def credit(self, name: str, seconds: float) -> None:
+        """Count time that `name` took before the stopwatch was made."""
+        self._start -= seconds
+        self.stages.setdefault(name, StageCost()).seconds += seconds
+
     @property
     def seconds(self) -> float:
         """Since the stopwatch was made."""

@@ -36,13 +36,11 @@ def plan_table(plan: Plan) -> Table:
         before = len(names) * 2 * shape[0] * shape[1]
         after = sum(plan.specs[name].bytes for name in names)
         table.add_row(
-            str(len(names)), kind, f"{shape[0]} x {shape[1]}", form(spec.model_dump()), size(before), size(after)
+            str(len(names)), kind, f"{shape[0]}x{shape[1]}", form(spec.model_dump()), size(before), size(after)
         )
     table.add_section()
     table.add_row(str(len(plan.targets)), "all", "", "", size(plan.bytes_before), size(plan.bytes_after))
-    table.add_row(
-        "", "not compressed", "", plan.recipe.dtype, size(plan.uncompressed_bytes), size(plan.uncompressed_bytes)
-    )
+    table.add_row("", "rest", "", plan.recipe.dtype, size(plan.uncompressed_bytes), size(plan.uncompressed_bytes))
     return table
 
 
@@ -97,8 +95,9 @@ def _names_within(layers: Sequence[LayerRecord]) -> list[str]:
 def forms_table(layers: Sequence[LayerRecord]) -> Table:
     """The form of each kind of layer, and its mean and worst error."""
     table = Table(title="forms")
-    for column in ("layers", "kind", "shape", "form", "bytes a layer", "mean error", "worst error"):
-        table.add_column(column, justify="left" if column in ("kind", "form") else "right")
+    narrow = {"layers": 6, "each": 8, "mean error": 6, "worst error": 6}  # leaves the form most of 80 columns
+    for column in ("layers", "kind", "shape", "form", "each", "mean error", "worst error"):
+        table.add_column(column, justify="left" if column in ("kind", "form") else "right", width=narrow.get(column))
     groups: dict[tuple[str, tuple[int, int]], list[LayerRecord]] = defaultdict(list)
     for layer in layers:
         groups[layer.kind, layer.shape].append(layer)
@@ -107,25 +106,30 @@ def forms_table(layers: Sequence[LayerRecord]) -> Table:
         table.add_row(
             str(len(members)),
             kind,
-            f"{shape[0]} x {shape[1]}",
+            f"{shape[0]}x{shape[1]}",
             form(members[0].factors),
-            f"{members[0].bytes_after:,}",
+            size(members[0].bytes_after),
             f"{sum(errors) / len(errors):.4f}",
             f"{max(errors):.4f}",
         )
     return table
 
 
-def evaluation_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Evaluations side by side, as `lexigram eval --json` wrote them."""
-    texts = [_text_and_windows(row) for row in rows]
-    same = len(set(texts)) == 1
-    table = Table(title=texts[0] if same else "on different texts or windows: rows are not comparable")
+def evaluation_tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """Evaluations side by side, as `lexigram eval --json` wrote them; a table for each text and windowing, since only figures
+    on the same can be compared.
+    """
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[_text_and_windows(row)].append(row)
+    return [_evaluation_table(title, members) for title, members in groups.items()]
+
+
+def _evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=escape(title))
     for column in ("model", "size", "token perplexity", "word perplexity", "KL", "top-1 agreement", "tokens"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    if not same:
-        table.add_column("text")
-    for row, text in zip(rows, texts, strict=True):
+    for row in rows:
         table.add_row(
             escape(str(row.get("label", ""))),
             size(row["model_bytes"]) if row.get("model_bytes") else "",
@@ -134,19 +138,18 @@ def evaluation_table(rows: Sequence[dict[str, Any]]) -> Table:
             _number(row.get("kl"), ".4f"),
             _number(row.get("top1_agreement"), ".1%"),
             _number(row.get("tokens"), ",d"),
-            *([] if same else [text]),
         )
     return table
 
 
 def form(spec: dict[str, Any]) -> str:
-    """A factor expression in one line, in the field's words: `k 306, s 155` (CoSpaDi), `rank 230` (low rank)."""
+    """A factor expression in one line, in the field's words: `k 306 s 155` (CoSpaDi), `rank 230` (low rank)."""
     if spec["form"] == "product":
         left, right = spec["left"], spec["right"]
         if left["form"] == right["form"] == "dense":
             return f"rank {left['cols']}{_bits(left)}"
         if left["form"] == "sparse" and right["form"] == "dense":
-            return f"k {left['cols']}, s {left['nonzeros'] / left['rows']:g}{_bits(left)}"
+            return f"k {left['cols']} s {left['nonzeros'] / left['rows']:g}{_bits(left)}"
         return f"({form(left)}) ({form(right)})"
     shape = f"{spec['rows']}x{spec['cols']}"
     if spec["form"] == "sparse":
@@ -156,13 +159,13 @@ def form(spec: dict[str, Any]) -> str:
 
 def _bits(leaf: dict[str, Any]) -> str:
     bits = leaf["codec"]["bits"]
-    return "" if bits == 16 else f", {bits} bit"
+    return "" if bits == 16 else f" {bits}-bit"
 
 
 def _text_and_windows(row: dict[str, Any]) -> str:
     context, stride = row.get("context"), row.get("stride")
     overlap = "" if stride in (None, context) else f", stride {stride}"
-    return escape(f"{row.get('text', 'text')}, context {context}{overlap}, {row.get('windows')} windows")
+    return f"{row.get('text', 'text')}, context {context}{overlap}, {row.get('windows')} windows"
 
 
 def _number(value: float | None, form: str) -> str:

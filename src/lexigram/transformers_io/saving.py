@@ -49,13 +49,24 @@ def _save_pretrained(
             "a compressed model is saved locally and without `variant`; upload the folder with `hf upload`"
         )
     folder = Path(save_directory)
+    for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
+        for file in folder.glob(pattern):
+            raise LexigramError(
+                f"{folder} holds ordinary weights ({file.name}), which transformers would load without lexigram; name another "
+                "folder"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".lexigram-", dir=folder))
     try:
         type(self).save_pretrained(self, staging, **kwargs)
         _rename_weights(staging)
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+        written = sorted(staging.iterdir(), key=lambda file: file.name == "config.json")
+        for file in written:
             os.replace(file, folder / file.name)
+        # Shards, or their index, of an earlier save of ours.
+        for file in folder.glob(f"{_OURS}*.safetensors*"):
+            if file.name not in {new.name for new in written}:
+                file.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

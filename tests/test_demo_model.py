@@ -1,0 +1,119 @@
+"""SmolLM2-135M end to end through the command line, on real text. Needs the data folder and pip's index or cache."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lexigram
+from lexigram.source import Source
+
+pytestmark = pytest.mark.slow
+
+RATIO = 0.2
+
+
+def run(*arguments: str) -> None:
+    """The command as a user types it."""
+    subprocess.run([sys.executable, "-m", "lexigram", *arguments], check=True)
+
+
+@pytest.fixture(scope="module")
+def folders(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo model compressed by both methods, on a calibration short enough for continuous integration."""
+    out = tmp_path_factory.mktemp("demo")
+    for method in ("svd", "cospadi"):
+        run(
+            *("compress", "demo", "--method", method, "--ratio", str(RATIO), "--out", str(out / method)),
+            *("--calibration", str(data / "c4" / "c4.txt"), "--sequences", "24"),
+        )
+    return {method: out / method for method in ("svd", "cospadi")}
+
+
+@pytest.fixture(scope="module")
+def figures(
+    data: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Evaluations of the dense and the compressed models on WikiText-2."""
+    out = tmp_path_factory.mktemp("figures")
+    text = ("--text", str(data / "wikitext-2-raw" / "wiki.test.raw"), "--windows", "8")
+    run("eval", "demo", *text, "--dtype", "bfloat16", "--json", str(out / "dense.json"))
+    run("eval", str(folders["svd"]), *text, "--json", str(out / "svd.json"))
+    run("eval", str(folders["cospadi"]), *text, "--reference", "demo", "--json", str(out / "cospadi.json"))
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in ("dense", "svd", "cospadi")}
+
+
+def test_the_dense_model_is_the_known_one(data: Path, tmp_path: Path) -> None:
+    """SOURCES.md states 23.6 for the first 25 windows of 1024 tokens."""
+    text = str(data / "wikitext-2-raw" / "wiki.test.raw")
+    run(
+        "eval", "demo", "--text", text, "--windows", "25", "--dtype", "bfloat16", "--json", str(tmp_path / "dense.json")
+    )
+    found = json.loads((tmp_path / "dense.json").read_text())
+    assert found["token_perplexity"] == pytest.approx(23.6, abs=0.15)
+    assert found["tokens"] == 25 * 1023
+
+
+def test_the_dictionary_costs_about_half_of_what_low_rank_costs(figures: dict[str, dict[str, Any]]) -> None:
+    dense = math.log(figures["dense"]["token_perplexity"])
+    svd = math.log(figures["svd"]["token_perplexity"]) - dense
+    cospadi = math.log(figures["cospadi"]["token_perplexity"]) - dense
+    assert 0 < cospadi <= 0.55 * svd
+
+
+def test_distance_from_the_dense_model(figures: dict[str, dict[str, Any]]) -> None:
+    found = figures["cospadi"]
+    assert 0 < found["kl"] < 1.5
+    assert 0.3 < found["top1_agreement"] < 1
+
+
+def test_both_methods_weigh_the_same_and_less_than_before(folders: dict[str, Path]) -> None:
+    for folder in folders.values():
+        record = json.loads((folder / "run.json").read_text())
+        assert 0 <= record["ratio"] - RATIO < 0.002
+        files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        header = int.from_bytes((folder / "lexigram.safetensors").read_bytes()[:8], "little") + 8
+        assert files - header == record["model_bytes_after"]
+        assert record["model_bytes_after"] < 0.85 * record["model_bytes_before"]
+
+
+def test_it_loads_and_speaks_like_any_model(folders: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["cospadi"])
+    tokenizer = AutoTokenizer.from_pretrained(folders["cospadi"])
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    answer = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert answer.shape[1] > ids.shape[1]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    assert held == json.loads((folders["cospadi"] / "run.json").read_text())["model_bytes_after"]
+
+
+def test_reported_errors_are_those_of_the_outputs(data: Path, folders: dict[str, Path]) -> None:
+    """One layer of each kind, on other text than the calibration's: the same size of error, from the outputs themselves."""
+    dense, small = Source.resolve("demo").model(), lexigram.load(folders["cospadi"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folders["cospadi"])
+    text = (data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")[:20000]
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :1024]
+    reported = {
+        layer["name"]: layer["fit"]["relative_error"]
+        for layer in json.loads((folders["cospadi"] / "run.json").read_text())["layers"]
+    }
+    names = [name for name in reported if name.startswith("model.layers.10.")]
+    inputs: dict[str, torch.Tensor] = {}
+    hooks = [
+        dense.get_submodule(name).register_forward_pre_hook(lambda _m, args, name=name: inputs.update({name: args[0]}))
+        for name in names
+    ]
+    with torch.no_grad():
+        dense(input_ids=ids)
+        for hook in hooks:
+            hook.remove()
+        for name in names:
+            wanted = dense.get_submodule(name)(inputs[name])
+            error = (small.get_submodule(name)(inputs[name]) - wanted).norm() / wanted.norm()
+            assert 0.5 * reported[name] < float(error) < 2 * reported[name], name

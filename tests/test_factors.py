@@ -1,0 +1,461 @@
+"""Bit packing, codecs and the algebra of stored matrices, against oracles that know nothing of them.
+
+The oracles: `numpy.packbits` and a stream of bits in pure Python for packing, torch's own bfloat16 for 16 bits, and for
+fewer bits the neighbours of a value in the complete, sorted list of what can be stored.
+"""
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lexigram.factors import (
+    Bfloat,
+    Dense,
+    DenseSpec,
+    Factor,
+    Product,
+    ProductSpec,
+    Sparse,
+    SparseSpec,
+    empty,
+    encode,
+    factor_spec,
+)
+from lexigram.factors.bits import pack_bits, packed_bytes, unpack_bits
+
+WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16]
+CODEC_WIDTHS = [10, 12, 14, 16]
+
+quick = settings(max_examples=60, deadline=None)
+
+
+# --- packing -----------------------------------------------------------------------------------------------------
+
+
+def bit_stream(values: list[int], bits: int) -> bytes:
+    """The definition: one long number, the first value in its lowest bits, written little-endian."""
+    number = sum(value << (index * bits) for index, value in enumerate(values))
+    return number.to_bytes((len(values) * bits + 7) // 8, "little")
+
+
+@st.composite
+def integers_of_a_width(draw: st.DrawFn) -> tuple[list[int], int]:
+    bits = draw(st.sampled_from(WIDTHS))
+    return draw(st.lists(st.integers(0, 2**bits - 1), max_size=70)), bits
+
+
+@quick
+@given(integers_of_a_width())
+def test_packing_is_the_bit_stream_and_comes_back(case: tuple[list[int], int]) -> None:
+    values, bits = case
+    packed = pack_bits(torch.tensor(values, dtype=torch.int32), bits)
+    assert packed.dtype == torch.uint8
+    assert packed.numel() == packed_bytes(len(values), bits)
+    assert bytes(packed.tolist()) == bit_stream(values, bits)
+    assert unpack_bits(packed, len(values), bits).tolist() == values
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 4095, 4096, 4097])
+def test_packing_of_every_width_and_awkward_counts(bits: int, count: int) -> None:
+    values = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(count))
+    values[-1:] = 2**bits - 1  # the largest value in the last, padded byte
+    packed = pack_bits(values, bits)
+    assert bytes(packed.numpy()) == bit_stream(values.tolist(), bits)
+    assert torch.equal(unpack_bits(packed, count, bits).to(torch.int64), values)
+
+
+def test_one_bit_is_numpy_packbits() -> None:
+    mask = torch.rand(13, 37, generator=torch.Generator().manual_seed(0)) < 0.4
+    packed = pack_bits(mask, 1)
+    assert np.array_equal(packed.numpy(), np.packbits(mask.numpy(), bitorder="little"))
+    back = unpack_bits(packed, mask.numel(), 1)
+    assert back.dtype == torch.bool
+    assert torch.equal(back.view(mask.shape), mask)
+
+
+def test_packing_reads_a_transposed_matrix_row_by_row() -> None:
+    matrix = torch.arange(35).view(5, 7).T
+    assert unpack_bits(pack_bits(matrix, 6), 35, 6).tolist() == matrix.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("bits", [0, 9, 11, 13, 15, 17])
+def test_other_widths_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"{bits} bits"):
+        pack_bits(torch.zeros(4, dtype=torch.int64), bits)
+
+
+# --- the codec ---------------------------------------------------------------------------------------------------
+
+
+def representable(bits: int) -> np.ndarray:
+    """Every finite non-negative value of `bits` bits, ascending, in float64."""
+    patterns = (np.arange(2 ** (bits - 1), dtype=np.uint32) << np.uint32(32 - bits)).view(np.float32)
+    return patterns[np.isfinite(patterns)].astype(np.float64)
+
+
+def nearest(values: np.ndarray, bits: int) -> np.ndarray:
+    """Round to nearest, ties to the even pattern, by comparing both neighbours in float64."""
+    grid = representable(bits)
+    size = np.abs(values.astype(np.float64))
+    above = np.searchsorted(grid, size).clip(1, len(grid) - 1)
+    down, up = size - grid[above - 1], grid[above] - size
+    take_upper = (up < down) | ((up == down) & (above % 2 == 0))
+    return np.copysign(np.where(take_upper, grid[above], grid[above - 1]), values)
+
+
+def awkward_floats(bits: int) -> np.ndarray:
+    """Ordinary values of all sizes, exact values, the middles between two (ties) and their float32 neighbours."""
+    random = np.random.default_rng(bits)
+    ordinary = (random.standard_normal(4000) * 2.0 ** random.integers(-120, 120, 4000)).astype(np.float32)
+    grid = representable(bits)
+    at = random.integers(0, len(grid) - 1, 2000)
+    middles = ((grid[at] + grid[at + 1]) / 2).astype(np.float32)
+    around = [np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(3e38))]
+    tiny = np.array([0.0, 1e-45, 1e-40, 1.1754944e-38, 5e-39], dtype=np.float32)
+    values = np.concatenate([ordinary, grid.astype(np.float32)[at], middles, *around, tiny])
+    values = np.concatenate([values, -values])
+    return values[np.abs(values) <= grid[-1]]
+
+
+def stored_round_trip(values: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    codec = Bfloat(bits=bits)  # type: ignore[arg-type]
+    tensors = codec.encode(values)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
+        name: tuple(s) for name, s in codec.stored(values.numel()).items()
+    }
+    return codec.decode(tensors, values.numel(), dtype)
+
+
+def test_16_bits_are_torchs_bfloat16_bit_for_bit() -> None:
+    values = torch.from_numpy(awkward_floats(16))
+    stored = Bfloat().encode(values)["values"]
+    assert torch.equal(stored, values.to(torch.bfloat16).view(torch.int16))
+
+
+@pytest.mark.parametrize("bits", CODEC_WIDTHS)
+def test_values_become_the_nearest_representable_ones(bits: int) -> None:
+    values = awkward_floats(bits)
+    found = stored_round_trip(torch.from_numpy(values), bits).numpy().astype(np.float64)
+    assert np.array_equal(found, nearest(values, bits))
+    assert np.array_equal(np.signbit(found), np.signbit(values)), "the sign of zero is kept"
+
+
+@pytest.mark.parametrize("bits", CODEC_WIDTHS)
+def test_the_relative_error_is_at_most_half_a_last_place(bits: int) -> None:
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    error = (stored_round_trip(values, bits) - values).abs() / values.abs()
+    half = 2.0 ** -(bits - 9 + 1)  # the mantissa has bits - 9 stored places behind the leading one
+    worst = half / (1 + half)  # of the middle between 1 and the next value
+    assert worst * 0.95 < float(error.max()) <= worst * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("bits", CODEC_WIDTHS)
+def test_a_second_rounding_changes_nothing(bits: int) -> None:
+    codec = Bfloat(bits=bits)  # type: ignore[arg-type]
+    first = codec.encode(torch.from_numpy(awkward_floats(bits)))
+    count = len(awkward_floats(bits))
+    second = codec.encode(codec.decode(first, count, torch.float32))
+    assert torch.equal(first["values"], second["values"])
+
+
+@pytest.mark.parametrize("bits", CODEC_WIDTHS)
+@pytest.mark.parametrize(
+    "pattern",
+    [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001],
+    ids=["inf", "-inf", "nan", "-nan", "nan all ones", "-nan all ones", "signalling nan"],
+)
+def test_values_that_are_not_finite_are_refused(bits: int, pattern: int) -> None:
+    bad = torch.from_numpy(np.array([0x3F800000, pattern], dtype=np.uint32).view(np.float32))
+    with pytest.raises(ValueError, match="not finite"):
+        Bfloat(bits=bits).encode(bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", CODEC_WIDTHS)
+def test_overflow_is_refused_exactly_from_where_it_rounds_to_infinity(bits: int) -> None:
+    largest = representable(bits)[-1]
+    last_place = largest - representable(bits)[-2]
+    tie = np.float32(largest + last_place / 2)  # rounds to the even pattern, which is infinity
+    assert float(stored_round_trip(torch.tensor([np.nextafter(tie, np.float32(0))]), bits)) == largest
+    for value in (tie, -tie, np.float32(3.4028235e38)):
+        with pytest.raises(ValueError, match="not finite"):
+            Bfloat(bits=bits).encode(torch.tensor([value]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_float_dtypes_are_encoded_and_decoded(dtype: torch.dtype) -> None:
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(dtype)
+    found = stored_round_trip(values, 16, dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, values)
+
+
+def test_huge_float64_is_refused_and_not_wrapped() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        Bfloat().encode(torch.tensor([1e300], dtype=torch.float64))
+
+
+# --- the algebra -------------------------------------------------------------------------------------------------
+
+
+def exact(rows: int, cols: int, bits: int = 10, seed: int = 0) -> Tensor:
+    """Random values that `bits` bits hold without rounding, none of them zero."""
+    values = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) + 3
+    return Bfloat(bits=bits).decode(Bfloat(bits=bits).encode(values), values.numel(), torch.float32).view(rows, cols)  # type: ignore[arg-type]
+
+
+def sparse_matrix(rows: int, cols: int, nonzeros: int, seed: int = 0) -> Tensor:
+    order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(seed))[:nonzeros]
+    keep = torch.zeros(rows * cols, dtype=torch.bool)
+    keep[order] = True
+    return exact(rows, cols, seed=seed) * keep.view(rows, cols)
+
+
+def dense_leaf(rows: int = 5, cols: int = 7, bits: int = 16) -> tuple[Factor, Tensor]:
+    matrix = exact(rows, cols, seed=rows)
+    return encode(matrix, DenseSpec(rows=rows, cols=cols, codec=Bfloat(bits=bits))), matrix  # type: ignore[arg-type]
+
+
+def sparse_leaf(rows: int = 5, cols: int = 7, nonzeros: int = 11, bits: int = 16) -> tuple[Factor, Tensor]:
+    matrix = sparse_matrix(rows, cols, nonzeros)
+    spec = SparseSpec(rows=rows, cols=cols, nonzeros=nonzeros, codec=Bfloat(bits=bits))  # type: ignore[arg-type]
+    return encode(matrix, spec), matrix
+
+
+def product(left: tuple[Factor, Tensor], right: tuple[Factor, Tensor]) -> tuple[Factor, Tensor]:
+    return Product(left[0], right[0]), left[1] @ right[1]
+
+
+CASES = {
+    "dense": lambda: dense_leaf(),
+    "dense 14 bits": lambda: dense_leaf(bits=14),
+    "dense 10 bits": lambda: dense_leaf(3, 3, bits=10),
+    "dense 1 x 1": lambda: dense_leaf(1, 1),
+    "sparse": lambda: sparse_leaf(),
+    "sparse 14 bits": lambda: sparse_leaf(bits=14),
+    "sparse 12 bits": lambda: sparse_leaf(6, 9, 13, bits=12),
+    "sparse, nothing": lambda: sparse_leaf(nonzeros=0),
+    "sparse, nothing, packed": lambda: sparse_leaf(nonzeros=0, bits=14),
+    "sparse, everything": lambda: sparse_leaf(nonzeros=35),
+    "sparse, empty rows": lambda: sparse_leaf(rows=20, cols=3, nonzeros=4),
+    "low rank": lambda: product(dense_leaf(9, 4), dense_leaf(4, 6)),
+    "cospadi": lambda: product(sparse_leaf(9, 4, 18, bits=14), dense_leaf(4, 6)),
+    "both sparse": lambda: product(sparse_leaf(9, 4, 18), sparse_leaf(4, 6, 5)),
+    "nested": lambda: product(sparse_leaf(9, 4, 18), product(dense_leaf(4, 3), sparse_leaf(3, 8, 7, bits=10))),
+}
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> tuple[Factor, Tensor]:
+    return CASES[request.param]()
+
+
+def test_the_matrix_comes_back(case: tuple[Factor, Tensor]) -> None:
+    factor, matrix = case
+    assert torch.allclose(factor.to_dense(), matrix, rtol=1e-6, atol=1e-6)
+    assert (factor.spec.rows, factor.spec.cols) == tuple(matrix.shape)
+    factor.check()
+
+
+def test_the_promised_bytes_are_the_bytes(case: tuple[Factor, Tensor], tmp_path: Any) -> None:
+    factor, _ = case
+    tensors = dict(factor.named_parameters())
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
+        name: tuple(stored) for name, stored in factor.spec.stored().items()
+    }
+    assert factor.spec.bytes == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert not list(factor.buffers()), "everything stored is a parameter"
+    save_file(tensors, tmp_path / "file.safetensors")
+    header = int.from_bytes((tmp_path / "file.safetensors").read_bytes()[:8], "little")
+    assert (tmp_path / "file.safetensors").stat().st_size - 8 - header == factor.spec.bytes
+
+
+def test_the_papers_count_is_that_of_the_values(case: tuple[Factor, Tensor]) -> None:
+    factor, _ = case
+    leaves = [module for module in factor.modules() if isinstance(module, (Dense, Sparse))]
+    assert factor.spec.parameters == sum(leaf.decode(torch.float32).numel() for leaf in leaves)
+    assert [type(leaf.spec) for leaf in leaves] == [type(spec) for _, spec in factor.spec.leaves()]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3), (0,), (2, 1, 5)])
+def test_a_call_multiplies_by_the_transpose(
+    case: tuple[Factor, Tensor], dtype: torch.dtype, tolerance: float, batch: tuple[int, ...]
+) -> None:
+    factor, matrix = case
+    x = torch.randn(*batch, factor.spec.cols, generator=torch.Generator().manual_seed(3)).to(dtype)
+    y = factor(x)
+    assert y.dtype == dtype
+    assert y.shape == (*batch, factor.spec.rows)
+    expected = x.double() @ matrix.double().T
+    scale = float(matrix.abs().sum(dim=1).max()) + 1
+    assert torch.allclose(y.double(), expected, rtol=0, atol=tolerance * scale)
+
+
+def test_specs_survive_json(case: tuple[Factor, Tensor]) -> None:
+    spec = case[0].spec
+    assert factor_spec.validate_json(spec.model_dump_json()) == spec
+    assert factor_spec.validate_python(spec.model_dump()) == spec
+
+
+def test_empty_modules_take_the_stored_tensors(case: tuple[Factor, Tensor]) -> None:
+    factor, _matrix = case
+    with torch.device("meta"):
+        blank = empty(factor.spec)
+    assert all(parameter.is_meta for parameter in blank.parameters())
+    blank.load_state_dict(factor.state_dict(), assign=True)
+    blank.check()
+    assert torch.equal(blank.to_dense(), factor.to_dense())
+
+
+def test_casts_of_the_module_leave_the_stored_bytes(case: tuple[Factor, Tensor]) -> None:
+    factor, _ = case
+    module = nn.Sequential(factor, nn.Linear(2, 2))
+    before = {name: tensor.clone() for name, tensor in factor.state_dict().items()}
+    casts = (nn.Module.half, nn.Module.double, nn.Module.bfloat16, nn.Module.float, lambda m: m.to(torch.bfloat16))
+    for cast in casts:
+        cast(module)
+        after = factor.state_dict()
+        assert after.keys() == before.keys()
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype
+            assert torch.equal(after[name], tensor)
+    assert module[1].weight.dtype == torch.bfloat16, "the casts did reach the module"
+
+
+def test_copies_and_files_hold_the_same(case: tuple[Factor, Tensor], tmp_path: Any) -> None:
+    factor, _ = case
+    save_file(factor.state_dict(), tmp_path / "f.safetensors")
+    buffer = io.BytesIO()
+    torch.save(factor.state_dict(), buffer)
+    from_file, from_torch = empty(factor.spec), empty(factor.spec)
+    from_file.load_state_dict(load_file(tmp_path / "f.safetensors"))
+    from_torch.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    twin = copy.deepcopy(factor)
+    for other in (from_file, from_torch, twin):
+        assert torch.equal(other.to_dense(), factor.to_dense())
+        other.check()
+    next(twin.parameters()).data.fill_(1)
+    assert torch.equal(from_file.to_dense(), factor.to_dense()), "a deep copy shares no memory"
+
+
+@quick
+@given(st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.sampled_from(CODEC_WIDTHS), st.integers(0, 99))
+def test_any_sparse_matrix_comes_back(rows: int, cols: int, density: float, bits: int, seed: int) -> None:
+    nonzeros = int(density * rows * cols)
+    factor, matrix = sparse_leaf(rows, cols, nonzeros, bits)
+    assert torch.equal(factor.to_dense(), matrix)
+    factor.check()
+
+
+def test_fewer_non_zeros_than_room_are_filled_up_with_stored_zeros() -> None:
+    matrix = sparse_matrix(6, 5, 4)
+    for wanted in (matrix, matrix.T):  # the transposed view is not laid out row by row
+        factor = encode(wanted, SparseSpec(rows=wanted.shape[0], cols=wanted.shape[1], nonzeros=9))
+        factor.check()
+        assert torch.equal(factor.to_dense(), wanted)
+        assert int(factor.support().sum()) == 9  # type: ignore[operator]
+
+
+def test_a_given_support_decides_what_is_stored() -> None:
+    matrix = exact(4, 6)
+    support = torch.rand(4, 6, generator=torch.Generator().manual_seed(2)) < 0.5
+    kept = support.clone()
+    factor = Sparse.encode(matrix, SparseSpec(rows=4, cols=6, nonzeros=int(support.sum())), support)
+    assert torch.equal(factor.to_dense(), matrix * support)
+    assert torch.equal(support, kept), "the caller's support is left alone"
+
+
+def test_too_many_non_zeros_are_refused() -> None:
+    with pytest.raises(ValueError, match="12 non-zeros do not fit"):
+        encode(sparse_matrix(5, 5, 12), SparseSpec(rows=5, cols=5, nonzeros=11))
+
+
+def test_a_matrix_of_another_shape_or_a_product_is_refused() -> None:
+    spec = DenseSpec(rows=3, cols=4)
+    with pytest.raises(ValueError, match=r"\(4, 3\)"):
+        encode(torch.zeros(4, 3), spec)
+    with pytest.raises(ValueError, match="product"):
+        encode(torch.zeros(3, 4), ProductSpec(left=DenseSpec(rows=3, cols=2), right=DenseSpec(rows=2, cols=4)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"form": "tucker", "rows": 2, "cols": 2}, "tucker"),
+        ({"rows": 2, "cols": 2}, "form"),
+        ({"form": "dense", "rows": 2, "cols": 2, "colour": 1}, "colour"),
+        ({"form": "dense", "rows": -2, "cols": 2}, "rows"),
+        ({"form": "dense", "rows": 0, "cols": 2}, "rows"),
+        ({"form": "dense", "rows": 2**40, "cols": 2}, "rows"),
+        ({"form": "dense", "rows": 2.5, "cols": 2}, "rows"),
+        ({"form": "sparse", "rows": 2, "cols": 2, "nonzeros": -1}, "nonzeros"),
+        ({"form": "sparse", "rows": 2, "cols": 2, "nonzeros": 5}, "do not fit"),
+        ({"form": "sparse", "rows": 2, "cols": 2}, "nonzeros"),
+        ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "bfloat", "bits": 13}}, "bits"),
+        ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "bfloat", "spare": 1}}, "spare"),
+        ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "int3"}}, "name"),
+        (
+            {
+                "form": "product",
+                "left": {"form": "dense", "rows": 2, "cols": 3},
+                "right": {"form": "dense", "rows": 4, "cols": 2},
+            },
+            "inner dimensions",
+        ),
+        ({"form": "product", "left": {"form": "dense", "rows": 2, "cols": 3}}, "right"),
+    ],
+)
+def test_malformed_specs_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        factor_spec.validate_python(data)
+
+
+def replaced(factor: Factor, name: str, tensor: Tensor) -> Factor:
+    """`factor` with one stored tensor swapped, as a damaged file would."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(factor.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    return factor
+
+
+@pytest.mark.parametrize("side", ["", "left."])
+def test_check_finds_a_wrong_mask(side: str) -> None:
+    factor = (product(sparse_leaf(9, 4, 18), dense_leaf(4, 6)) if side else sparse_leaf())[0]
+    mask = factor.get_parameter(f"{side}mask").detach().clone()
+    mask[1] ^= 4
+    with pytest.raises(ValueError, match=r"^(left: )?the mask has (10|12|17|19) bits set for (11|18) stored values"):
+        replaced(factor, f"{side}mask", mask).check()
+
+
+@pytest.mark.parametrize("side", ["", "right."])
+def test_check_finds_wrong_dtype_shape_and_patterns(side: str) -> None:
+    def fresh() -> tuple[Factor, Tensor]:
+        factor = (product(sparse_leaf(9, 4, 18), dense_leaf(4, 6)) if side else dense_leaf())[0]
+        return factor, factor.get_parameter(f"{side}values").detach().clone()
+
+    prefix = f"^{side.rstrip('.') + ': ' if side else ''}"
+    factor, values = fresh()
+    with pytest.raises(ValueError, match=f"{prefix}values is torch.int32"):
+        replaced(factor, f"{side}values", values.to(torch.int32)).check()
+    factor, values = fresh()
+    with pytest.raises(ValueError, match=f"{prefix}values is torch.int16 \\({values.numel() - 1},\\)"):
+        replaced(factor, f"{side}values", values[:-1]).check()
+    for pattern in (0x7FC0, 0x7F80, -1):  # NaN, infinity, a negative NaN of all ones
+        factor, values = fresh()
+        values[2] = pattern
+        with pytest.raises(ValueError, match=f"{prefix}a stored value is not finite"):
+            replaced(factor, f"{side}values", values).check()
+
+
+def test_printing_tells_shape_and_size() -> None:
+    factor, _ = sparse_leaf()
+    assert f"5 x 7, {factor.spec.bytes} bytes" in repr(factor)

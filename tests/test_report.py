@@ -1,0 +1,247 @@
+"""Tables: they show the figures that they were given, at the widths of real terminals, whatever the names look like."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from lexigram import RunRecord, report
+from lexigram.factors import Bfloat, DenseSpec, FactorSpec, ProductSpec, SparseSpec
+from lexigram.records import LayerRecord
+
+
+def shown(table: Table, width: int = 120) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def cells(table: Table, width: int = 200) -> list[list[str]]:
+    """The rows of a table as drawn, first the header."""
+    lines = [line.replace("┃", "│") for line in shown(table, width).splitlines()]
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+
+
+def low_rank(shape: tuple[int, int], rank: int) -> ProductSpec:
+    return ProductSpec(left=DenseSpec(rows=shape[0], cols=rank), right=DenseSpec(rows=rank, cols=shape[1]))
+
+
+def dictionary(shape: tuple[int, int], atoms: int, sparsity: int, bits: Any = 16) -> ProductSpec:
+    left = SparseSpec(rows=shape[0], cols=atoms, nonzeros=sparsity * shape[0], codec=Bfloat(bits=bits))
+    return ProductSpec(left=left, right=DenseSpec(rows=atoms, cols=shape[1]))
+
+
+def layer(name: str, index: int | None, error: float, spec: ProductSpec | None = None) -> LayerRecord:
+    spec = spec or low_rank((64, 32), 5)
+    fit = {
+        "status": "converged",
+        "message": "",
+        "relative_error": error,
+        "objective": [error**2],
+        "iterations": 1,
+        "seconds": 0.1,
+        "gram_rank": 32,
+        "gram_damping": 0.0,
+    }
+    return LayerRecord.model_validate(
+        {
+            "name": name,
+            "kind": name.rsplit(".", 1)[-1],
+            "layer": index,
+            "shape": (spec.rows, spec.cols),
+            "site": name,
+            "factors": spec.model_dump(),
+            "bytes_before": 2 * spec.rows * spec.cols,
+            "bytes_after": spec.bytes,
+            "parameters_after": spec.parameters,
+            "fit": fit,
+        }
+    )
+
+
+def record(**changes: Any) -> RunRecord:
+    content: dict[str, Any] = {
+        "lexigram": "0",
+        "command": "",
+        "versions": {},
+        "machine": {},
+        "recipe": {},
+        "model": "m",
+        "weights_sha256": "",
+        "calibration_source": "",
+        "calibration_sha256": "",
+        "calibration_tokens": 1,
+        "requested_ratio": 0.2,
+        "ratio": 0.204,
+        "parameter_ratio": 0.25,
+        "bytes_before": 10_000,
+        "bytes_after": 7_960,
+        "model_bytes_before": 1_212_345,
+        "model_bytes_after": 1_210_305,
+        "source_file_bytes": None,
+        "bytes_by_kind": {
+            "not compressed": 1_202_345,
+            "dense values": 5_000,
+            "sparse values": 2_900,
+            "sparse mask": 60,
+        },
+        "mean_relative_error": 0.1,
+        "seconds": 1.0,
+        "peak_memory_bytes": 1,
+        "device_peak_memory_bytes": None,
+        "stages": {},
+        "layers": [],
+    }
+    return RunRecord.model_validate({**content, **changes})
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (123_456, "123.5 kB"),
+        (98_362_432, "98.4 MB"),
+        (2_500_000_000, "2.5 GB"),
+        (14e12, "14000.0 GB"),
+        (-1500, "-1.5 kB"),
+    ],
+)
+def test_sizes(count: float, said: str) -> None:
+    assert report.size(count) == said
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (low_rank((576, 1536), 230), "rank 230"),
+        (dictionary((1536, 576), 306, 153), "k 306 s 153"),
+        (dictionary((1536, 576), 306, 153, bits=14), "k 306 s 153 14-bit"),
+        (DenseSpec(rows=3, cols=4), "dense 3x4"),
+        (SparseSpec(rows=4, cols=9, nonzeros=10), "sparse 4x9, 2.5 a row"),
+        (
+            ProductSpec(left=SparseSpec(rows=4, cols=4, nonzeros=8), right=SparseSpec(rows=4, cols=9, nonzeros=4)),
+            "(sparse 4x4, 2 a row) (sparse 4x9, 1 a row)",
+        ),
+    ],
+)
+def test_forms_in_the_fields_own_words(spec: FactorSpec, said: str) -> None:
+    assert report.form(spec.model_dump()) == said
+
+
+def test_the_bytes_table_shows_every_kind_largest_first_and_the_sums() -> None:
+    rows = cells(report.bytes_table(record()))
+    assert rows[0] == ["kind", "bytes", "share"]
+    assert rows[1] == ["not compressed", "1,202,345", "99.3%"]
+    assert [row[0] for row in rows[1:5]] == ["not compressed", "dense values", "sparse values", "sparse mask"]
+    assert rows[5] == ["model", "1,210,305", "99.8% of before"]
+    assert rows[6] == ["compressed layers", "7,960", "79.6% of before"]
+
+
+def test_the_error_map_has_a_row_a_layer_and_a_column_a_kind() -> None:
+    layers = [
+        layer("model.layers.0.self_attn.q_proj", 0, 0.1234),
+        layer("model.layers.0.mlp.up_proj", 0, 0.2),
+        layer("model.layers.7.self_attn.q_proj", 7, 0.0),
+        layer("lm_head", None, 0.5),
+    ]
+    assert cells(report.error_map(layers)) == [
+        ["layer", "q_proj", "up_proj", "lm_head"],
+        ["0", "0.1234", "0.2000", ""],
+        ["7", "0.0000", "", ""],
+        ["-", "", "", "0.5000"],
+    ]
+
+
+def test_two_layers_of_one_kind_in_a_decoder_layer_both_show() -> None:
+    """GPT-2 has a c_proj in its attention and one in its MLP."""
+    layers = [layer("transformer.h.0.attn.c_proj", 0, 0.1), layer("transformer.h.0.mlp.c_proj", 0, 0.3)]
+    assert cells(report.error_map(layers)) == [["layer", "attn.c_proj", "mlp.c_proj"], ["0", "0.1000", "0.3000"]]
+
+
+def test_layers_without_any_error_do_not_break_the_colours() -> None:
+    assert cells(report.error_map([layer("model.layers.0.q", 0, 0.0)]))[1] == ["0", "0.0000"]
+
+
+def test_the_forms_table_groups_by_kind_and_shape() -> None:
+    layers = [
+        layer("model.layers.0.q_proj", 0, 0.1),
+        layer("model.layers.1.q_proj", 1, 0.3),
+        layer("model.layers.1.up_proj", 1, 0.2, dictionary((172, 64), 47, 24)),
+    ]
+    first, second, queries, up = cells(report.forms_table(layers))
+    assert [" ".join(parts).strip() for parts in zip(first, second, strict=True)] == [
+        "layers",
+        "kind",
+        "shape",
+        "form",
+        "each",
+        "mean error",
+        "worst error",
+    ]
+    assert queries == ["2", "q_proj", "64x32", "rank 5", "960 B", "0.2000", "0.3000"]
+    assert up[:4] == ["1", "up_proj", "172x64", "k 47 s 24"]
+    assert up[4] == "15.3 kB"  # 2 x 64 x 47 + 2 x 24 x 172 + 47 x 172 / 8 = 15,283
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_whole_llama_fits_the_terminal(width: int) -> None:
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    spec = dictionary((11008, 4096), 1234, 617, bits=14)
+    layers = [layer(f"model.layers.{i}.x.{kind}", i, 0.1234, spec) for i in range(3) for kind in kinds]
+    for table, lines in ((report.forms_table(layers), 7), (report.error_map(layers), 3)):
+        drawn = shown(table, width).splitlines()
+        assert max(map(len, drawn)) <= width
+        assert sum("0.1234" in line for line in drawn) == lines
+        assert "…" not in shown(table, width)
+    forms = shown(report.forms_table(layers), width)
+    for figure in ("k 1234 s 617", "11008x4096", "23.7 MB"):
+        assert forms.count(figure) == 7
+
+
+def evaluation(label: str, **changes: Any) -> dict[str, Any]:
+    figures = {
+        "label": label,
+        "text": "wiki.test.raw",
+        "context": 1024,
+        "stride": 1024,
+        "windows": 20,
+        "model_bytes": 98_362_432,
+        "token_perplexity": 23.614,
+        "word_perplexity": 61.27,
+        "kl": None,
+        "top1_agreement": None,
+        "tokens": 20_460,
+    }
+    return {**figures, **changes}
+
+
+def test_evaluations_side_by_side() -> None:
+    (table,) = report.evaluation_tables([evaluation("dense"), evaluation("small", kl=0.12345, top1_agreement=0.876)])
+    rows = cells(table)
+    assert rows[1] == ["dense", "98.4 MB", "23.61", "61.3", "", "", "20,460"]
+    assert rows[2] == ["small", "98.4 MB", "23.61", "61.3", "0.1235", "87.6%", "20,460"]
+    assert "wiki.test.raw, context 1024, 20 windows" in shown(table)
+
+
+@pytest.mark.parametrize("change", [{"text": "other.txt"}, {"context": 512}, {"windows": 3}, {"stride": 100}])
+def test_evaluations_that_cannot_be_compared_get_tables_of_their_own(change: dict[str, Any]) -> None:
+    rows = [evaluation("a"), evaluation("b", **change), evaluation("c")]
+    first, second = report.evaluation_tables(rows)
+    assert [row[0] for row in cells(first)[1:]] == ["a", "c"]
+    assert [row[0] for row in cells(second)[1:]] == ["b"]
+    assert str(next(iter(change.values()))) in str(second.title)
+
+
+def test_labels_and_texts_are_not_markup() -> None:
+    (table,) = report.evaluation_tables([evaluation("[red]x[/red]", text="[b]")])
+    assert cells(table)[1][0] == "[red]x[/red]"
+    assert "[b], context 1024" in shown(table)
+
+
+def test_missing_figures_leave_cells_empty() -> None:
+    (table,) = report.evaluation_tables([{"label": "a", "token_perplexity": 2.0}])
+    assert cells(table)[1] == ["a", "", "2.00", "", "", "", ""]

