@@ -272,10 +272,14 @@ def test_inputs_of_other_dtypes(dtype: torch.dtype) -> None:
     assert relative(gram_of(X).matrix, X.double().T @ X.double()) < 1e-6
 
 
-def test_autocast_does_not_coarsen_the_products() -> None:
-    X = torch.randn(500, 9, generator=torch.Generator().manual_seed(2))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_autocast_does_not_coarsen_the_products(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    X = torch.randn(500, 9, generator=torch.Generator().manual_seed(2)).to(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         gram = gram_of(X)
+    assert gram.matrix.device.type == device
     assert relative(gram.matrix, X.double().T @ X.double()) < 1e-6
 
 

@@ -116,11 +116,11 @@ def _examples(*lines: str) -> str:
 def _recipe(
     model: str, file: Path | None, preset: Any, method: dict[str, Any], calibration: dict[str, Any], **top: Any
 ) -> Recipe:
-    """Options over recipe file over preset over defaults."""
+    """Options over recipe file over defaults; a preset is an option that sets the whole method."""
     content = Recipe.read(file) if file else {}
     given = {key: value for key, value in method.items() if value is not None}
     base = PRESETS[preset.value].model_dump() if preset else {}
-    old = content.get("method") or {}
+    old = base or content.get("method") or {}
     if given.get("name", old.get("name")) != old.get("name"):
         old = {}  # options of another method do not carry over
     name = given.get("name", old.get("name", "cospadi"))
@@ -128,7 +128,7 @@ def _recipe(
         raise LexigramError(
             f"--preset {preset.value} is a solver of {base['name']}; leave it out for the method {name}"
         )
-    content["method"] = {"name": "cospadi", **base, **old, **given}
+    content["method"] = {"name": "cospadi", **old, **given}
     content["calibration"] = {
         **(content.get("calibration") or {}),
         **{key: value for key, value in calibration.items() if value is not None},

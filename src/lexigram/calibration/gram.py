@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,9 +72,12 @@ class GramAccumulator:
 def _self_product(rows: Tensor) -> Tensor:
     """``rows^T rows``. On the CPU through numpy, which knows that it is symmetric and computes one half only."""
     if rows.device.type != "cpu":
-        return rows.T @ rows
+        # Inputs arrive in the middle of a forward pass; its autocast would round this product to bfloat16.
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows.T @ rows
     array = rows.numpy()
-    return torch.from_numpy(array.T @ array)
+    with np.errstate(all="ignore"):  # a result that is not finite is refused by name in the end
+        return torch.from_numpy(array.T @ array)
 
 
 @contextmanager
