@@ -1,5 +1,6 @@
 """The model layer by layer against a genuine forward pass, and Grams against ``X^T X`` in float64."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -150,14 +151,14 @@ def test_one_layer_is_enough() -> None:
     assert_same_run(AutoModelForCausalLM.from_config(config).eval(), tokens(2, 8), [2])
 
 
-def test_bfloat16_runs_under_autocast() -> None:
+def test_a_float32_model_runs_in_bfloat16_and_keeps_its_weights() -> None:
     model = build_toy("llama")
     ids = tokens(3, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, expected = genuine(model, ids)
+    _, expected = genuine(copy.deepcopy(model).to(torch.bfloat16), ids)
     _, logits, _ = layer_by_layer(model, ids, compute_dtype=torch.bfloat16)
     assert torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
     assert not torch.equal(logits.float(), genuine(model, ids)[1]), "it was not computed in float32"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_replaced_layers_are_carried_on() -> None:
@@ -339,10 +340,12 @@ def test_grams_of_a_model_layer_by_layer(name: str, dtype: torch.dtype) -> None:
         model.get_submodule(site).register_forward_pre_hook(lambda _m, args, site=site: seen[site].append(args[0]))
         for site in sites
     ]
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    model.to(dtype)
+    with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
+    model.float()
     runner = LayerRunner(model, decoder_layers(model), ids, batch_tokens=40, compute_dtype=dtype)
     for index in range(2):
         here = {site: model.get_submodule(site) for site, layer in sites.items() if layer == index}
@@ -352,5 +355,5 @@ def test_grams_of_a_model_layer_by_layer(name: str, dtype: torch.dtype) -> None:
             X = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen[site]]).double()
             gram = accumulators[site].result(site)
             assert gram.tokens == 100
-            # Under autocast the batch split alone changes the inputs in their last bfloat16 place.
+            # The batch split alone changes the inputs in their last bfloat16 place.
             assert relative(gram.matrix, X.T @ X) < (1e-5 if dtype == torch.float32 else 5e-3), site

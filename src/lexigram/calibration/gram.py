@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from lexigram.errors import LexigramError
 from lexigram.linalg.whitening import Whitening, whiten
 
 _CHUNK_TOKENS = 2048  # float32 inside a chunk, float64 across chunks
+_BLOCKS = 3
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class GramAccumulator:
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs (..., in)."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
         if self._sum is None:
             self._sum = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
         for chunk in rows.split(_CHUNK_TOKENS):
-            self._sum += _self_product(chunk)
+            self._sum += _upper_self_product(chunk)
         self._tokens += rows.shape[0]
 
     def result(self, name: str) -> Gram:
@@ -66,18 +67,35 @@ class GramAccumulator:
                 f"the inputs of {name} are not finite on the calibration text; compute in float32 "
                 "(--compute-dtype float32) or look for broken weights before it"
             )
-        return Gram((self._sum + self._sum.T) / 2, self._tokens)
+        upper = self._sum.triu()
+        return Gram(upper + upper.triu(1).T, self._tokens)
 
 
-def _self_product(rows: Tensor) -> Tensor:
-    """``rows^T rows``. On the CPU through numpy, which knows that it is symmetric and computes one half only."""
-    if rows.device.type != "cpu":
-        # Inputs arrive in the middle of a forward pass; its autocast would round this product to bfloat16.
-        with torch.autocast(rows.device.type, enabled=False):
-            return rows.T @ rows
-    array = rows.numpy()
-    with np.errstate(all="ignore"):  # a result that is not finite is refused by name in the end
-        return torch.from_numpy(array.T @ array)
+def _upper_self_product(rows: Tensor) -> Tensor:
+    """``rows^T rows`` in float32; blocks below the diagonal are left at zero, which saves a third of the work."""
+    width = rows.shape[1]
+    work = rows.float()
+    product = work.new_zeros(width, width)
+    edges = [width * block // _BLOCKS for block in range(_BLOCKS + 1)]
+    # Inputs arrive in the middle of a forward pass; its autocast would round these products to bfloat16.
+    with torch.autocast(rows.device.type, enabled=False), _fast_where_exact(rows.dtype):
+        for first, last in pairwise(edges):
+            torch.mm(work[:, first:last].T, work[:, first:], out=product[first:last, first:])
+    return product
+
+
+@contextmanager
+def _fast_where_exact(dtype: torch.dtype) -> Iterator[None]:
+    """Let the device round the factors of float32 products to bfloat16 where they come from there: it changes nothing.
+
+    Sums are float32 all the same. On a CPU with bfloat16 instructions this is half as fast again.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

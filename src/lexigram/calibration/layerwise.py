@@ -5,12 +5,14 @@ the layers stood in for, records the arguments; the layers are then replayed wit
 and full attention) work because every layer's arguments are its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 
@@ -23,7 +25,7 @@ class LayerRunner:
         layers: Sequence[nn.Module],
         ids: Tensor,
         *,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 2048,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Record the arguments of every layer, up to the first layer's input.
@@ -33,11 +35,15 @@ class LayerRunner:
             layers: its decoder layers, in order.
             ids: token ids (sequences, length).
             batch_tokens: about how many tokens are run at once.
-            compute_dtype: bfloat16 runs the matrix products under autocast; float32 leaves everything as it is.
+            compute_dtype: what the model runs in. Its own weights stay as they are: one layer at a time is cast.
         """
         self._model = model
         self._layers = list(layers)
         self._compute_dtype = compute_dtype
+        inside = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
+        self._outside = self._cast(
+            (name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in inside
+        )
         self._batches = ids.split(max(1, batch_tokens // ids.shape[1]))
         self._wrap: Callable[[Tensor], Any] = self._learn_output(self._batches[0][:1])
         self._hidden: list[Tensor] = []
@@ -59,10 +65,12 @@ class LayerRunner:
     def run(self, index: int) -> None:
         """Carry all hidden states through layer `index`; call with 0, 1, 2, ... in order."""
         layer = self._layers[index]
-        with self._context():
+        parameters = self._cast(layer.named_parameters())
+        with torch.no_grad():
             for batch, calls in enumerate(self._calls):
                 args, kwargs = calls[index]
-                self._hidden[batch] = _hidden_of(layer(self._hidden[batch], *args, **kwargs))
+                output = functional_call(layer, parameters, (self._hidden[batch], *args), kwargs)
+                self._hidden[batch] = _hidden_of(output)
 
     def run_rest(self) -> None:
         """Run what comes after the last layer (final norm, lm_head), given the hidden states of the last layer."""
@@ -76,7 +84,7 @@ class LayerRunner:
         hook = self._layers[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
         try:
             with self._standing_in([None, *[lambda hidden, *_a, **_k: outputs[0]] * (len(self._layers) - 1)]):
-                self._forward(ids)
+                self._forward(ids, self._cast(self._named_in_model(self._layers[0])))
         finally:
             hook.remove()
         if isinstance(outputs[0], tuple):
@@ -84,16 +92,19 @@ class LayerRunner:
             return lambda hidden: (hidden, *rest)
         return lambda hidden: hidden
 
-    def _forward(self, ids: Tensor) -> None:
-        with self._context():
-            self._model(input_ids=ids.to(self._model.device), use_cache=False)
+    def _forward(self, ids: Tensor, more: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        inputs = {"input_ids": ids.to(self._model.device), "use_cache": False}
+        with torch.no_grad():
+            functional_call(self._model, {**self._outside, **more}, (), inputs)
 
-    @contextmanager
-    def _context(self) -> Iterator[None]:
-        device = self._model.device.type
-        reduced = self._compute_dtype != torch.float32
-        with torch.no_grad(), torch.autocast(device, dtype=self._compute_dtype if reduced else None, enabled=reduced):
-            yield
+    def _cast(self, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Those float parameters that have another dtype than the computation, in that dtype."""
+        dtype = self._compute_dtype
+        return {name: p.to(dtype) for name, p in parameters if p.is_floating_point() and p.dtype != dtype}
+
+    def _named_in_model(self, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        wanted = {id(parameter) for parameter in layer.parameters()}
+        return ((name, p) for name, p in self._model.named_parameters() if id(p) in wanted)
 
     @contextmanager
     def _standing_in(self, forwards: Sequence[Callable[..., Any] | None]) -> Iterator[None]:
