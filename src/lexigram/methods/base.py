@@ -100,10 +100,10 @@ def plain_whitening(weight: Tensor) -> Whitening:
     return Whitening(identity, identity, rank=weight.shape[1], damping=0.0)
 
 
-def relative_error(weight: Tensor, factor: Factor, whitening: Whitening) -> float:
-    """``||(W - W^) L^T|| / ||W L^T||`` of the stored values; 0 for a layer whose outputs are all zero."""
-    error = whitening.whiten(weight.float() - factor.to_dense()).norm()
-    scale = whitening.whiten(weight.float()).norm()
+def relative_error(signals: Tensor, factor: Factor, whitening: Whitening) -> float:
+    """``||W L^T - W^ L^T|| / ||W L^T||`` of the stored values, given `signals` ``= W L^T``; 0 where these are all zero."""
+    scale = signals.norm()
+    error = (signals - whitening.whiten(factor.to_dense())).norm()
     return float(error / scale) if scale > 0 else 0.0
 
 

@@ -62,7 +62,7 @@ class CospadiConfig(MethodConfig):
     power_iterations: int = Field(default=8, ge=1)
     start: Start = "svd"
     accelerate: bool = True
-    iterations: int = Field(default=12, ge=1)
+    iterations: int = Field(default=10, ge=1)
     tolerance: float = Field(default=1e-2, ge=0)
     plain: bool = False
 
@@ -121,6 +121,7 @@ def _(
     weight = checked_weight(weight)
     whitening = plain_whitening(weight) if config.plain else gram.whitening
     signals = whitening.whiten(weight)
+    outputs = gram.whitening.whiten(weight) if config.plain else signals
     assert isinstance(spec.left, SparseSpec)
     learned = learn_dictionary(
         signals,
@@ -141,7 +142,7 @@ def _(
         else f"the improvement fell below {config.tolerance:g} a step"
         if learned.stop == "tolerance"
         else "the dictionary represents the weight exactly",
-        relative_error=relative_error(weight, factors, gram.whitening),
+        relative_error=relative_error(outputs, factors, gram.whitening),
         objective=[value / scale for value in learned.objective],
         iterations=learned.iterations,
         seconds=time.perf_counter() - start,

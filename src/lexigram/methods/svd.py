@@ -51,13 +51,14 @@ def _(
     weight = checked_weight(weight)
     whitening = plain_whitening(weight) if config.plain else gram.whitening
     signals = whitening.whiten(weight)
+    outputs = gram.whitening.whiten(weight) if config.plain else signals
     left, right = truncated_svd(signals, spec.left.cols)
     lost = float((signals - left @ right).square().sum() / signals.square().sum().clamp_min(torch.finfo().tiny))
     factors = Product(encode(left, spec.left), encode(whitening.unwhiten(right), spec.right))
     return factors, FitReport(
         status="converged",
         message=f"rank {spec.left.cols} of {min(weight.shape)}, exact",
-        relative_error=relative_error(weight, factors, gram.whitening),
+        relative_error=relative_error(outputs, factors, gram.whitening),
         objective=[lost],
         iterations=1,
         seconds=time.perf_counter() - start,
