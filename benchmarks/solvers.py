@@ -15,7 +15,8 @@ from recording import DATA, write
 
 from lexigram.calibration.gram import Gram, collecting
 from lexigram.calibration.layerwise import LayerRunner
-from lexigram.calibration.text import read_texts, token_sequences
+from lexigram.calibration.text import read_texts
+from lexigram.calibration.tokens import token_sequences
 from lexigram.devices import forward_dtype
 from lexigram.linalg.dictionary_learning import learn_dictionary
 from lexigram.methods import PRESETS, Budget, CospadiConfig, layout

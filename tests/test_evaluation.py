@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lexigram.calibration.text import token_ids
+from lexigram.calibration.tokens import token_ids
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate, greedy_sentence, perplexity
 

@@ -15,18 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lexigram.calibration import text as text_module
-from lexigram.calibration.text import (
-    TokenSequences,
-    demo_text,
-    inference,
-    read_texts,
-    sample_sequences,
-    token_hash,
-    token_ids,
-    token_sequences,
-)
+from lexigram.calibration import sampling
+from lexigram.calibration.sampling import sample_sequences
+from lexigram.calibration.text import demo_text, read_texts
+from lexigram.calibration.tokens import TokenSequences, token_hash, token_ids, token_sequences
 from lexigram.errors import LexigramError
+from lexigram.running import inference
 
 
 def byte_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
@@ -292,7 +286,7 @@ def test_samples_are_what_a_loop_without_cache_draws() -> None:
 
 def test_the_noise_draws_from_the_softmax() -> None:
     logits = torch.tensor([2.0, 0.0, -1.0, -torch.inf, 1.0])
-    draw = text_module._Draw(torch.Generator().manual_seed(0))
+    draw = sampling._Draw(torch.Generator().manual_seed(0))
     rows = 40_000
     drawn = draw(torch.zeros(rows, 1), logits.expand(rows, -1)).argmax(dim=-1)
     shares = torch.bincount(drawn, minlength=5) / rows

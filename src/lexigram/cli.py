@@ -34,6 +34,7 @@ app = typer.Typer(
     name="lexigram",
     help="Make language models smaller after training, without retraining.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},

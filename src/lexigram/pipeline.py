@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from lexigram.allocation.uniform import BYTES_PER_WEIGHT
 from lexigram.calibration.gram import Gram, collecting
 from lexigram.calibration.layerwise import LayerRunner
-from lexigram.calibration.text import TokenSequences, sample_sequences
+from lexigram.calibration.sampling import sample_sequences
+from lexigram.calibration.tokens import TokenSequences
 from lexigram.errors import LexigramError
 from lexigram.methods import fit
 from lexigram.planning import Plan, plan

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lexigram.allocation.uniform import BYTES_PER_WEIGHT, uniform
-from lexigram.calibration.text import TokenSequences, read_texts, token_sequences
+from lexigram.calibration.text import read_texts
+from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec

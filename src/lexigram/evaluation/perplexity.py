@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from lexigram.calibration.text import Progress, check_context, inference, plain_generate, token_ids
+from lexigram.calibration.tokens import token_ids
 from lexigram.errors import LexigramError
+from lexigram.running import Progress, check_context, inference, plain_generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

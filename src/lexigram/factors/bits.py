@@ -32,6 +32,10 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         ValueError: for another width.
     """
     group, group_bytes = _group(bits)
+    if bits == 1:  # a mask has as many entries as the weight: no int64 copy of it
+        flags = torch.nn.functional.pad(values.reshape(-1).to(torch.uint8), (0, -values.numel() % _BYTE))
+        weights = (1 << torch.arange(_BYTE, device=values.device)).to(torch.uint8)
+        return (flags.view(-1, _BYTE) * weights).sum(dim=1, dtype=torch.uint8)
     flat = values.reshape(-1).to(torch.int64)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % group))
     words = (flat.view(-1, group) << _places(group, bits, flat.device)).sum(dim=1)
