@@ -498,7 +498,7 @@ def test_overwrite_replaces_only_what_lexigram_wrote(
     before = contents(at.tmp)
     ended = command(*compress("--overwrite")(at))
     assert (ended.code, contents(at.tmp)) == (1, before)
-    assert "was not written by lexigram" in ended.error
+    assert "out holds precious.txt, which lexigram did not write" in ended.error
 
 
 def test_overwrite_replaces_an_earlier_result_and_keeps_it_where_the_new_one_fails(
@@ -522,6 +522,12 @@ def test_overwrite_replaces_an_earlier_result_and_keeps_it_where_the_new_one_fai
     assert command(*compress("--include", "q_proj", "-r", 0.5, "--overwrite")(at)).code == 0
     assert json.loads((out / "run.json").read_text())["requested_ratio"] == 0.5
     assert [path.name for path in at.tmp.iterdir()] == ["out"]
+
+    _file(out / "notes.txt", "mine")
+    before = contents(at.tmp)
+    ended = command(*compress("--include", "q_proj", "--overwrite")(at))
+    assert (ended.code, contents(at.tmp)) == (1, before)
+    assert "out holds notes.txt, which lexigram did not write" in ended.error
 
 
 def test_an_export_is_written_whole_or_not_at_all(

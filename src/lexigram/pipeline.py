@@ -95,8 +95,8 @@ def compress(
             model.save_pretrained(folder)
             prepared.source.tokenizer().save_pretrained(folder)
             step()
-        record = _record(prepared, tokens, layers, stored_bytes(folder), digest.hexdigest(), watch)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        record = _record(prepared, tokens, layers, folder, digest.hexdigest(), watch)
         (folder / RUN_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return record
 
@@ -214,7 +214,7 @@ def _record(
     prepared: Plan,
     tokens: TokenSequences,
     layers: list[LayerRecord],
-    stored: dict[str, int],
+    folder: Path,
     weights_sha256: str,
     watch: Stopwatch,
 ) -> RunRecord:
@@ -227,7 +227,7 @@ def _record(
             for part in leaf.stored():
                 name = ".".join(filter(None, (target.name, "factors", path, part)))
                 promised[name] = f"{leaf.form} {part}"
-    for name, size in stored.items():
+    for name, size in stored_bytes(folder).items():
         kind = promised.get(name, "not compressed")
         by_kind[kind] = by_kind.get(kind, 0) + size
     uncompressed = by_kind.get("not compressed", 0)
@@ -258,5 +258,6 @@ def _record(
         peak_memory_bytes=peak_memory_bytes(),
         device_peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         stages=watch.stages,
+        files=sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
         layers=layers,
     )

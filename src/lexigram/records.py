@@ -41,7 +41,8 @@ class RunRecord(BaseModel):
     """The content of `run.json`.
 
     Sizes are stored bytes, file headers aside; `bytes_*` of the compressed layers (bfloat16 before), `model_bytes_*` of the
-    whole model. `ratio` is the share of `bytes_before` that was removed, `requested_ratio` what was asked for.
+    whole model. `ratio` is the share of `bytes_before` that was removed, `requested_ratio` what was asked for. `files` lists
+    what the run wrote; nothing else in the folder is ever removed.
     """
 
     lexigram: str
@@ -68,6 +69,7 @@ class RunRecord(BaseModel):
     peak_memory_bytes: int
     device_peak_memory_bytes: int | None
     stages: dict[str, StageCost]
+    files: list[str]
     layers: list[LayerRecord]
 
 

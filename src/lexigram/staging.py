@@ -27,9 +27,10 @@ def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise LexigramError(f"{out} exists and is not empty; name another folder, or replace it with --overwrite")
-        if not _is_ours(out):
+        foreign = _foreign_files(out)
+        if foreign:
             raise LexigramError(
-                f"{out} was not written by lexigram (it has no {RUN_FILE} of ours) and is left alone; name another folder"
+                f"{out} holds {foreign[0]}, which lexigram did not write, and is left alone; name another folder"
             )
     parent = _existing_parent(out)
     if not parent.is_dir():
@@ -80,13 +81,14 @@ def _staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether it has a run.json that says it is lexigram's; other software uses that file name too."""
+def _foreign_files(folder: Path) -> list[str]:
+    """What lies in `folder` and is not listed in a run.json of ours; other software uses that file name too."""
     try:
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "lexigram" in content
+        content = None
+    ours = content.get("files", []) if isinstance(content, dict) and "lexigram" in content else []
+    return sorted(file.name for file in folder.iterdir() if file.name not in ours)
 
 
 def _usual_modes(folder: Path) -> None:
