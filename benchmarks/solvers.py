@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from recording import DATA, write
 
-from lexigram.calibration.gram import Gram, collecting
+from lexigram.calibration.gram import collecting
 from lexigram.calibration.layerwise import LayerRunner
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import token_sequences
 from lexigram.devices import forward_dtype
+from lexigram.gram import Gram
 from lexigram.linalg.dictionary_learning import learn_dictionary
 from lexigram.methods import PRESETS, Budget, CospadiConfig, layout
 from lexigram.methods.cospadi import solver
@@ -58,11 +59,13 @@ def main() -> None:
                 name: [{"relative_error": e, "seconds": s} for e, s in points] for name, points in curves.items()
             },
             "times_sooner": needed / reached if reached else None,
+            "share_of_time_of_fast": profiled(signals, spec.left.cols, spec.left.nonzeros // spec.left.rows, fast),
         }
         print(
             f"{kind:20} published {goal:.4f} in {needed:.1f} s; fast reaches it in "
             f"{'never' if reached is None else f'{reached:.2f} s: {needed / reached:.0f} times sooner'}; "
-            f"fast ends at {curves['fast'][-1][0]:.4f} in {curves['fast'][-1][1]:.1f} s",
+            f"fast ends at {curves['fast'][-1][0]:.4f} in {curves['fast'][-1][1]:.1f} s, "
+            f"{matrices[kind]['share_of_time_of_fast']['matrix products']:.0%} of it in matrix products",
             flush=True,
         )
     print(write("solvers-smollm2-135m", {"layer": options.layer, "ratio": options.ratio, "matrices": matrices}))
@@ -82,6 +85,20 @@ def curve(signals: torch.Tensor, atoms: int, sparsity: int, config: CospadiConfi
         callback=lambda _iteration, error: points.append(((error / scale) ** 0.5, time.perf_counter() - began)),
     )
     return points
+
+
+def profiled(signals: torch.Tensor, atoms: int, sparsity: int, config: CospadiConfig) -> dict[str, float]:
+    """Where the time of one fit goes, by torch's profiler, as shares of the time inside torch."""
+    kinds = {"mm": "matrix products", "addmm": "matrix products", "cholesky_solve": "factorisations"}
+    kinds |= {"linalg_cholesky_ex": "factorisations", "linalg_eigh": "factorisations", "_linalg_eigh": "factorisations"}
+    kinds |= {"linalg_qr": "factorisations", "kthvalue": "selection"}
+    shares: dict[str, float] = {"matrix products": 0.0, "factorisations": 0.0, "selection": 0.0, "elementwise": 0.0}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        curve(signals, atoms, sparsity, config)
+    for event in profile.key_averages():
+        shares[kinds.get(event.key.removeprefix("aten::"), "elementwise")] += event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: time / total for kind, time in shares.items()}
 
 
 def layer_problem(layer: int, kinds: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Gram]]:

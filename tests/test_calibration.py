@@ -357,3 +357,13 @@ def test_grams_of_a_model_layer_by_layer(name: str, dtype: torch.dtype) -> None:
             assert gram.tokens == 100
             # The batch split alone changes the inputs in their last bfloat16 place.
             assert relative(gram.matrix, X.T @ X) < (1e-5 if dtype == torch.float32 else 5e-3), site
+
+
+def test_recording_stops_before_lm_head() -> None:
+    """Its logits over the whole vocabulary would be computed and thrown away."""
+    model = build_toy("llama")
+    calls: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda *_args: calls.append(1))
+    runner = LayerRunner(model, decoder_layers(model), tokens(3, 8))
+    runner.run(0)
+    assert not calls

@@ -238,14 +238,16 @@ def test_sharded_checkpoints(name: str, tmp_path: Path) -> None:
 def test_saving_over_an_earlier_save_leaves_one_checkpoint(sizes: tuple[str, str], tmp_path: Path) -> None:
     other = compressed(method="svd")
     other.save_pretrained(tmp_path / "a", max_shard_size=sizes[0])
-    (tmp_path / "a" / "notes.txt").write_text("mine")
+    mine = ("notes.txt", "lexigram-lora.safetensors", "lexigram.safetensors.bak", "lexigram-1-of-2.safetensors")
+    for name in mine:
+        (tmp_path / "a" / name).write_text("mine")
     model = compressed()
     model.save_pretrained(tmp_path / "a", max_shard_size=sizes[1])
     model.save_pretrained(tmp_path / "fresh", max_shard_size=sizes[1])
     assert torch.equal(logits(load(tmp_path / "a")), logits(model))
     files = {file.name for file in (tmp_path / "a").iterdir()}
-    assert files - {"notes.txt"} == {file.name for file in (tmp_path / "fresh").iterdir()}
-    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+    assert files - set(mine) == {file.name for file in (tmp_path / "fresh").iterdir()}
+    assert all((tmp_path / "a" / name).read_text() == "mine" for name in mine)
 
 
 def test_a_folder_with_ordinary_weights_is_refused(tmp_path: Path) -> None:
@@ -389,6 +391,20 @@ def test_a_failed_export_leaves_nothing(saved: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_broken_tokenizer_is_not_called_a_failed_write(saved: Path, tmp_path: Path) -> None:
+    (saved / "tokenizer_config.json").write_text("{")
+    with pytest.raises(LexigramError, match=r"cannot open the tokenizer of .*; check that the model is complete"):
+        export_dense(saved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_users_folder_is_expanded(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert load(f"~/{saved.name}") is not None
+    export_dense(f"~/{saved.name}", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 PLAIN_LOAD = """
 from transformers import AutoModelForCausalLM
 for folder in sys.argv[1:]:
@@ -462,10 +478,13 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t[f"{LAYER}.factors.right.values"].fill_(0x7FC0),
         rf"damaged at {LAYER}: right: a stored value is not finite",
     ),
-    "norm missing": (lambda t: t.pop("model.norm.weight"), r"missing keys: model\.norm\.weight"),
+    "norm missing": (
+        lambda t: t.pop("model.norm.weight"),
+        r"is not complete: model\.norm\.weight is missing in its weights; fetch or write",
+    ),
     "embedding of another shape": (
         lambda t: t.update({"model.embed_tokens.weight": torch.zeros(7, 64)}),
-        r"mismatched keys: .*model\.embed_tokens\.weight",
+        r"is damaged: model\.embed_tokens\.weight has the shape \(7, 64\) in the weights and .*; fetch or write",
     ),
     "a factor too many": (
         lambda t: t.update({"model.layers.9.mlp.up_proj.factors.left.mask": torch.zeros(3, dtype=torch.uint8)}),
@@ -473,9 +492,12 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "dense weight beside": (
         lambda t: t.update({f"{LAYER}.weight": torch.zeros(128, 64)}),
-        rf"unexpected keys: {LAYER}\.weight",
+        rf"is damaged: {LAYER}\.weight is in its weights, but the model has no such tensor; fetch",
     ),
-    "unknown tensor": (lambda t: t.update({"model.surprise": torch.zeros(3)}), r"unexpected keys: model\.surprise"),
+    "unknown tensor": (
+        lambda t: t.update({"model.surprise": torch.zeros(3)}),
+        r"model\.surprise is in its weights, but",
+    ),
 }
 
 

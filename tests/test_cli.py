@@ -189,6 +189,44 @@ def test_a_recipe_file_repeats_a_run(
     assert one == two
 
 
+def test_figures_that_are_infinite_are_null_in_json(
+    command: Command, stories: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = tmp_path / "figures.json"
+    real = cli.evaluate
+
+    def infinite(*args: Any, **options: Any) -> lexigram.Evaluation:
+        return real(*args, **options).model_copy(update={"word_perplexity": float("inf")})
+
+    monkeypatch.setattr(cli, "evaluate", infinite)
+    ended = command("eval", stories, "-t", text, "--context", 32, "--windows", 1, "--json", figures)
+    assert ended.code == 0
+    assert "inf" in ended.out
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads(figures.read_text(), parse_constant=refuse)
+    assert content["word_perplexity"] is None
+    assert content["token_perplexity"] > 1
+    assert command("report", figures).code == 0
+
+
+def test_a_reference_with_another_tokenizer_is_refused(command: Command, words: Path, tmp_path: Path) -> None:
+    """Of the same vocabulary size: the divergence would be a number, and mean nothing."""
+    toy, other = toy_folder(tmp_path / "toy", "llama"), toy_folder(tmp_path / "other", "llama")
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w7"], vocabulary["w8"] = vocabulary["w8"], vocabulary["w7"]
+    file.write_text(json.dumps(content))
+    evaluate = ("eval", toy, "--text", words, "--context", 64, "--windows", 2, "--reference")
+    ended = command(*evaluate, other)
+    assert ended.code == 1
+    assert re.search("toy and .*other split the text into different tokens, .*; name the model", ended.error)
+    assert command(*evaluate, toy).code == 0
+
+
 def test_names_with_brackets_are_printed_as_they_are(
     command: Command, stories: Path, quick: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +345,7 @@ BAD_COMPRESS = {
         r"is not complete: model\.norm\.weight is missing",
     ),
     "weights truncated": Case(truncated, "cannot open the weights of .*check that the model is complete"),
-    "text missing": Case(compress("-c", "/no/text.txt"), r"There is no file /no/text\.txt"),
+    "text missing": Case(compress("-c", "/no/text.txt"), r"there is no file /no/text\.txt"),
     "text empty": Case(with_file("e.txt", b" \n", "-c", "FILE"), "holds no text"),
     "text binary": Case(with_file("b.txt", bytes(range(256)), "-c", "FILE"), "is not UTF-8: byte 128"),
     "text of unknown kind": Case(with_file("b.pdf", b"x", "-c", "FILE"), "has the suffix '.pdf'"),
@@ -379,9 +417,10 @@ def test_bad_input_to_compress(case: Case, command: Command, at: SimpleNamespace
 
 BAD_OTHERS = {
     "eval beyond context": Case(
-        lambda at: ["eval", at.stories, "-t", at.text], "context 1024 is more than the 512 positions .* Use context 512"
+        lambda at: ["eval", at.stories, "-t", at.text],
+        "context 1024 is more than the 512 positions .*; use context 512",
     ),
-    "eval on no text": Case(lambda at: ["eval", at.stories, "-t", "/no.txt"], r"There is no file /no\.txt"),
+    "eval on no text": Case(lambda at: ["eval", at.stories, "-t", "/no.txt"], r"there is no file /no\.txt"),
     "eval of no model": Case(lambda at: ["eval", _made(at.tmp / "x"), "-t", at.text], r"x has no config\.json"),
     "eval against no model": Case(
         lambda at: [
@@ -400,7 +439,7 @@ BAD_OTHERS = {
     ),
     "eval on no windows": Case(
         lambda at: ["eval", at.stories, "-t", at.text, "--context", 99, "--windows", 0],
-        "windows is 0. It must be at least 1",
+        "windows is 0; it must be at least 1",
     ),
     "eval with json into a folder": Case(
         lambda at: ["eval", at.stories, "-t", at.text, "--json", _made(at.tmp / "x")], "x is a folder; name a file"
@@ -715,6 +754,14 @@ def test_defaults_in_help_are_the_real_ones() -> None:
                     else str(real[parameter.name])
                 )
     assert told > 15
+
+
+def test_choices_in_help_are_the_real_ones() -> None:
+    told = {parameter.name: parameter.metavar for parameter in options_of("compress")}
+    assert told["coefficient_bits"] == "10|12|14|16"
+    assert told["coding"] == "htp|omp"
+    assert told["update"] == "mod|ksvd|ksvd-exact"
+    assert told["start"] == "columns|svd"
 
 
 def test_without_a_command_the_help_is_shown(command: Command) -> None:

@@ -266,14 +266,14 @@ def test_the_models_mode_comes_back(tokenizer: PreTrainedTokenizerFast) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "complaint"),
     [
-        (TEXT, {"context": 129}, "context 129 is more than the 128 positions .* Use context 128 or less"),
+        (TEXT, {"context": 129}, "context 129 is more than the 128 positions .*; use context 128 or less"),
         (TEXT, {}, "context 1024 is more than"),
-        (TEXT, {"context": 1}, "context is 1. It must be at least 2"),
+        (TEXT, {"context": 1}, "context is 1; it must be at least 2"),
         (TEXT, {"context": 8, "stride": 9}, "stride is 9 with context 8"),
         (TEXT, {"context": 8, "stride": 0}, "stride is 0"),
         (TEXT, {"context": 8, "windows": 0}, "windows is 0"),
-        ("a", {"context": 8}, "The text has 1 tokens"),
-        ("", {"context": 8}, "The text has 0 tokens"),
+        ("a", {"context": 8}, "the text has 1 tokens"),
+        ("", {"context": 8}, "the text has 0 tokens"),
     ],
 )
 def test_what_cannot_be_evaluated_is_an_error(

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexigram
-from lexigram import CospadiConfig, Plan, Recipe, RunRecord, SvdConfig
+from lexigram import CospadiConfig, LexigramError, Plan, Recipe, RunRecord, SvdConfig, compress, plan
 from lexigram.methods import METHODS
 from lexigram.recipe import Calibration
 
@@ -427,3 +428,34 @@ def test_an_interruption_at_any_stage_leaves_nothing(recipe: Callable[..., Recip
         with pytest.raises(KeyboardInterrupt):
             lexigram.compress(recipe("svd", include=["q_proj"]), tmp_path / "out", progress=Stop(stage))
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_quantised_by_other_software_is_refused(stories: Path, tmp_path: Path) -> None:
+    """Its tensors are codes; taken for weights they would give a model of noise."""
+    shutil.copytree(stories, tmp_path / "fp8", copy_function=shutil.copyfile)
+    (tmp_path / "fp8").chmod(0o755)
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LexigramError, match=r"fp8 is quantised already \(fp8\); name the model that it was made from"):
+        plan(Recipe(model=str(tmp_path / "fp8")))
+
+
+def test_a_plan_belongs_to_its_recipe(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(LexigramError, match="the plan was made from another recipe"):
+        compress(recipe(ratio=0.4), tmp_path / "out", prepared=plan(recipe(ratio=0.3)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_overflows_in_the_stored_dtype_is_refused_before_the_work(
+    stories: Path, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    shutil.copytree(stories, tmp_path / "huge", copy_function=shutil.copyfile)
+    (tmp_path / "huge").chmod(0o755)
+    tensors = load_file(tmp_path / "huge" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1e6
+    save_file(tensors, tmp_path / "huge" / "model.safetensors", metadata={"format": "pt"})
+    changed = recipe().model_copy(update={"model": str(tmp_path / "huge"), "dtype": "float16"})
+    with pytest.raises(LexigramError, match=r"model\.norm\.weight has values beyond 65504.*another --dtype"):
+        compress(changed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from lexigram.methods import METHODS, PRESETS
             st.builds(
                 CospadiConfig,
                 rho=st.floats(1, 8),
-                coefficient_bits=st.sampled_from([14, 16]),
+                coefficient_bits=st.just(14),
                 coding=st.sampled_from(["htp", "omp"]),
                 tolerance=st.sampled_from([0, 1e-3, 1e-12]),
             ),
@@ -69,7 +69,7 @@ def settings_of(tmp_path: Path, content: dict[str, Any] | None, **options: Any) 
     )
 
 
-def test_options_win_over_the_recipe_over_the_preset_over_defaults(tmp_path: Path) -> None:
+def test_options_win_over_the_preset_over_the_recipe_over_defaults(tmp_path: Path) -> None:
     content = {
         "ratio": 0.4,
         "seed": 5,
@@ -88,10 +88,20 @@ def test_options_win_over_the_recipe_over_the_preset_over_defaults(tmp_path: Pat
     assert got.model == "demo"
     assert (got.ratio, got.seed) == (0.5, 5)  # option, recipe
     assert isinstance(got.method, CospadiConfig)
-    assert (got.method.rho, got.method.coding) == (4.0, "htp")  # option, recipe
+    assert (got.method.rho, got.method.coding) == (4.0, "omp")  # option, preset
     assert (got.method.update, got.method.iterations) == ("ksvd", 60)  # preset
     assert got.method.cg_steps == CospadiConfig().cg_steps  # default
     assert (got.calibration.seed, got.calibration.length, got.calibration.sequences) == (9, 99, 64)
+
+
+@pytest.mark.parametrize("content", [None, {"seed": 5, "calibration": {"seed": 8}}])
+def test_a_seed_is_for_the_calibration_too_unless_that_has_its_own(content: Any, tmp_path: Path) -> None:
+    both = settings_of(tmp_path, content, calibration={"seed": None}, seed=3)
+    assert (both.seed, both.calibration.seed) == (3, 3)
+    each = settings_of(tmp_path, content, calibration={"seed": 0}, seed=3)
+    assert (each.seed, each.calibration.seed) == (3, 0)
+    neither = settings_of(tmp_path, content, calibration={"seed": None}, seed=None)
+    assert (neither.seed, neither.calibration.seed) == ((5, 8) if content else (42, 0))
 
 
 def test_without_anything_the_defaults_are_the_fast_preset(tmp_path: Path) -> None:
@@ -108,11 +118,10 @@ def test_another_method_on_the_command_line_leaves_the_recipes_options_behind(tm
     assert kept.method == SvdConfig(plain=True)
 
 
-@pytest.mark.parametrize("source", ["option", "recipe"])
-def test_a_preset_of_another_method_is_refused(source: str, tmp_path: Path) -> None:
-    content, method = ({}, {"name": "svd"}) if source == "option" else ({"method": {"name": "svd"}}, {})
+def test_a_preset_beside_another_method_is_refused_and_wins_over_a_recipes_method(tmp_path: Path) -> None:
     with pytest.raises(LexigramError, match=r"--preset fast is a solver of cospadi; leave it out for the method svd"):
-        settings_of(tmp_path, content, preset="fast", method=method)
+        settings_of(tmp_path, {}, preset="fast", method={"name": "svd"})
+    assert settings_of(tmp_path, {"method": {"name": "svd"}}, preset="fast").method == PRESETS["fast"]
 
 
 def test_a_single_name_needs_no_list() -> None:
@@ -187,3 +196,12 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe(model="m").ratio = 0.5  # type: ignore[misc]
+
+
+def test_the_papers_accounting_goes_with_14_bits() -> None:
+    """Left open it becomes 14, so that the recipe beside a result says what was stored; another value is refused."""
+    recipe = Recipe(model="demo", accounting="paper")
+    assert recipe.method == CospadiConfig(coefficient_bits=14)
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    with pytest.raises(LexigramError, match="set coefficient_bits to 14"):
+        Recipe.parse({"model": "demo", "accounting": "paper", "method": {"name": "cospadi", "coefficient_bits": 16}})

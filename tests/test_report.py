@@ -1,15 +1,17 @@
 """Tables: they show the figures that they were given, at the widths of real terminals, whatever the names look like."""
 
 import io
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from lexigram import RunRecord, report
+from lexigram import Plan, Recipe, RunRecord, report
 from lexigram.factors import Bfloat, DenseSpec, FactorSpec, ProductSpec, SparseSpec
 from lexigram.records import LayerRecord
+from lexigram.targets import Target
 
 
 def shown(table: Table, width: int = 120) -> str:
@@ -92,6 +94,7 @@ def record(**changes: Any) -> RunRecord:
         "peak_memory_bytes": 1,
         "device_peak_memory_bytes": None,
         "stages": {},
+        "files": [],
         "layers": [],
     }
     return RunRecord.model_validate({**content, **changes})
@@ -185,6 +188,34 @@ def test_the_forms_table_groups_by_kind_and_shape() -> None:
     assert queries == ["2", "q_proj", "64x32", "rank 5", "960 B", "0.2000", "0.3000"]
     assert up[:4] == ["1", "up_proj", "172x64", "k 47 s 24"]
     assert up[4] == "15.3 kB"  # 2 x 64 x 47 + 2 x 24 x 172 + 47 x 172 / 8 = 15,283
+
+
+def test_forms_that_differ_within_a_kind_have_rows_of_their_own() -> None:
+    ranks = (5, 7, 5)
+    layers = [
+        layer(f"model.layers.{i}.q_proj", i, 0.1 + i / 10, low_rank((64, 32), rank)) for i, rank in enumerate(ranks)
+    ]
+    _, _, five, seven = cells(report.forms_table(layers))
+    assert five == ["2", "q_proj", "64x32", "rank 5", "960 B", "0.2000", "0.3000"]
+    assert seven == ["1", "q_proj", "64x32", "rank 7", "1.3 kB", "0.2000", "0.2000"]
+
+
+def test_the_plan_has_a_row_a_form_and_the_bytes_of_its_layers() -> None:
+    names = [f"model.layers.{i}.q_proj" for i in range(3)]
+    targets = [Target(name, (64, 32), i, name, transposed=False, bias=False) for i, name in enumerate(names)]
+    plan = SimpleNamespace(
+        recipe=Recipe(model="[m]"),
+        targets=targets,
+        specs={name: low_rank((64, 32), rank) for name, rank in zip(names, (5, 7, 5), strict=True)},
+        bytes_before=12_288,
+        bytes_after=3_264,
+        uncompressed_bytes=1_000,
+    )
+    _, five, seven, everything, rest = cells(report.plan_table(cast("Plan", plan)))
+    assert five == ["2", "q_proj", "64x32", "rank 5", "8.2 kB", "1.9 kB"]
+    assert seven == ["1", "q_proj", "64x32", "rank 7", "4.1 kB", "1.3 kB"]
+    assert everything == ["3", "all", "", "", "12.3 kB", "3.3 kB"]
+    assert rest == ["", "rest", "", "bfloat16", "1.0 kB", "1.0 kB"]
 
 
 @pytest.mark.parametrize("width", [80, 120])

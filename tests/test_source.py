@@ -2,19 +2,22 @@
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import TOYS, build_toy
-from lexigram import LexigramError, Source
+from lexigram import LexigramError, Source, staging
 from lexigram import source as source_module
 from lexigram.source import cache_folder, demo_file
 
@@ -128,6 +131,23 @@ def test_pip_is_run_by_this_python_and_not_by_one_on_the_path(pip: Pip, monkeypa
     assert seen == [sys.executable]
 
 
+def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(
+    pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LEXIGRAM_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(
+        LexigramError, match=r"file/cache cannot be used: Not a directory; set .* LEXIGRAM_CACHE to another"
+    ):
+        demo_file()
+    assert pip.calls == 0
+    monkeypatch.setenv("LEXIGRAM_CACHE", str(tmp_path / "cache"))
+    demo_file()
+    monkeypatch.setattr(staging.os, "access", lambda _path, mode: mode != os.W_OK)  # root may write anywhere
+    with pytest.raises(LexigramError, match=r"cache is not writable; set .* LEXIGRAM_CACHE to another"):
+        Source.resolve("demo")
+
+
 def test_where_downloads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEXIGRAM_CACHE", "/a/b")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
@@ -139,9 +159,31 @@ def test_where_downloads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/home/someone/.cache/lexigram")
 
 
-def test_demo_is_the_cached_gguf_file(pip: Pip, tmp_path: Path) -> None:
-    assert Source.resolve("demo") == Source("demo", str(tmp_path / "cache"), NAME)
-    assert Source.resolve("demo").file_bytes() == len(MODEL)
+def test_demo_is_converted_once_and_weighs_what_its_gguf_file_does(
+    pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    toy = Source.resolve(str(data / "stories260K"))
+    opened: list[Source] = []
+
+    def model(source: Source) -> Any:
+        opened.append(source)
+        return AutoModelForCausalLM.from_pretrained(toy.path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "model", model)
+        patch.setattr(Source, "tokenizer", lambda _source: AutoTokenizer.from_pretrained(toy.path))
+        found = Source.resolve("demo")
+        assert Source.resolve("demo") == found
+    assert opened == [Source("demo", str(tmp_path / "cache"), NAME)]
+    assert (found.gguf, found.file_bytes()) == (None, len(MODEL))
+    assert found.config().hidden_size == 64
+    assert found.tokenizer() is not None
+
+
+def test_a_demo_model_that_cannot_be_opened_is_not_a_trouble_of_the_cache(pip: Pip) -> None:
+    with pytest.raises(LexigramError, match="cannot open the weights of demo") as caught:
+        Source.resolve("demo")
+    assert "LEXIGRAM_CACHE" not in str(caught.value)
 
 
 def test_a_gguf_path_is_split_into_folder_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +205,14 @@ def test_a_folder_with_a_config_is_a_model(data: Path) -> None:
     found = Source.resolve(str(data / "stories260K"))
     assert found.file_bytes() == (data / "stories260K" / "model.safetensors").stat().st_size
     assert found.config().hidden_size == 64
+
+
+def test_weights_in_the_older_format_weigh_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"123")
+    assert Source.resolve(str(tmp_path)).file_bytes() == 3
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    assert Source.resolve(str(tmp_path)).file_bytes() == 5
 
 
 @pytest.mark.parametrize(

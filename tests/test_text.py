@@ -105,7 +105,7 @@ def test_a_bad_json_line_is_named(tmp_path: Path, line: str, complaint: str) -> 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("missing.txt", None, "There is no file"),
+        ("missing.txt", None, "there is no file"),
         ("empty.txt", b" \n", "holds no text"),
         ("empty.jsonl", b'{"text": ""}\n', "holds no text"),
         ("latin.txt", b"caf\xe9", "not UTF-8: byte 3 is 0xe9"),
@@ -121,7 +121,7 @@ def test_an_unusable_file_is_an_error(tmp_path: Path, name: str, content: bytes 
 
 
 def test_no_name_is_an_error() -> None:
-    with pytest.raises(LexigramError, match="No text was named"):
+    with pytest.raises(LexigramError, match="no text was named"):
         read_texts([])
 
 
@@ -252,12 +252,12 @@ def test_the_seed_chooses_and_the_source_says_so(tokenizer: PreTrainedTokenizerF
         (
             3,
             5,
-            r"\(here\) has 11 tokens, too few for 3 sequences of 5 \(15 tokens\).* 2 sequences of 5 or 3 of 3\. Give",
+            r"\(here\) has 11 tokens, too few for 3 sequences of 5 \(15 tokens\).* 2 sequences of 5 or 3 of 3; give",
         ),
         (1, 12, "one sequence of 11"),
-        (9, 5, "What fits: 2 sequences of 5. Give"),
-        (0, 5, "sequences is 0. It must be at least 1"),
-        (1, 1, "length is 1. It must be at least 2"),
+        (9, 5, "what fits is 2 sequences of 5; give"),
+        (0, 5, "sequences is 0; it must be at least 1"),
+        (1, 1, "length is 1; it must be at least 2"),
     ],
 )
 def test_too_little_text_says_what_fits(
@@ -345,7 +345,7 @@ def test_modules_get_their_own_mode_back() -> None:
 
 def test_what_cannot_be_sampled_is_an_error() -> None:
     model = tiny_model(50)
-    with pytest.raises(LexigramError, match=r"length 65 is more than the 64 positions .* Use length 64 or less"):
+    with pytest.raises(LexigramError, match=r"length 65 is more than the 64 positions .*; use length 64 or less"):
         sample_sequences(model, 1, 1, 65, 0)
     with pytest.raises(LexigramError, match="start token 50 is outside the model's vocabulary of 50"):
         sample_sequences(model, 50, 1, 8, 0)

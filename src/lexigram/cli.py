@@ -1,13 +1,15 @@
 """The command line: one command a stage, no logic. Every option ends in a field of a recipe or an argument of the API."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 import torch
 import transformers
@@ -19,10 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lexigram import report
 from lexigram.calibration.text import read_texts
+from lexigram.calibration.tokens import token_ids
 from lexigram.devices import resolve_device
 from lexigram.errors import LexigramError
 from lexigram.evaluation import evaluate, greedy_sentence
-from lexigram.methods import METHODS, PRESETS
+from lexigram.methods import METHODS, PRESETS, CospadiConfig
 from lexigram.pipeline import compress as run_compress
 from lexigram.planning import plan as make_plan
 from lexigram.recipe import Recipe, explain
@@ -110,6 +113,11 @@ RecipeFile = Annotated[
 ]
 
 
+def _choices(field: str) -> str:
+    """What a field of cospadi's config may be, as a metavar."""
+    return "|".join(map(str, get_args(CospadiConfig.model_fields[field].annotation)))
+
+
 def _examples(*lines: str) -> str:
     return "**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in lines)
 
@@ -117,8 +125,13 @@ def _examples(*lines: str) -> str:
 def _recipe(
     model: str, file: Path | None, preset: Any, method: dict[str, Any], calibration: dict[str, Any], **top: Any
 ) -> Recipe:
-    """Options over recipe file over defaults; a preset is an option that sets the whole method."""
+    """Options over recipe file over defaults; a preset is an option that sets the whole method.
+
+    A seed is an option for the method and for the calibration, unless that is given its own.
+    """
     content = Recipe.read(file) if file else {}
+    if calibration.get("seed") is None:
+        calibration = {**calibration, "seed": top.get("seed")}
     given = {key: value for key, value in method.items() if value is not None}
     base = PRESETS[preset.value].model_dump() if preset else {}
     old = base or content.get("method") or {}
@@ -192,7 +205,11 @@ def compress(
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the method's random choices. [default: 42]", rich_help_panel=_BUDGET)
+        int | None,
+        typer.Option(
+            help="Of the method's random choices; where given, of the calibration's too. [default: 42]",
+            rich_help_panel=_BUDGET,
+        ),
     ] = None,
     calibration: Texts = None,
     sequences: Annotated[
@@ -203,7 +220,8 @@ def compress(
         typer.Option(help="Tokens a sequence. [default: 1024, or the model's context]", rich_help_panel=_TEXT),
     ] = None,
     calibration_seed: Annotated[
-        int | None, typer.Option(help="Decides which sequences are drawn. [default: 0]", rich_help_panel=_TEXT)
+        int | None,
+        typer.Option(help="Decides which sequences are drawn, in place of --seed. [default: 0]", rich_help_panel=_TEXT),
     ] = None,
     preset: Preset = None,
     rho: Annotated[
@@ -213,7 +231,7 @@ def compress(
     coefficient_bits: Annotated[
         int | None,
         typer.Option(
-            metavar="16|14",
+            metavar=_choices("coefficient_bits"),
             help=f"Stored bits of a coefficient; 16 is bfloat16. [default: {_FAST.coefficient_bits}]",
             rich_help_panel=_SOLVER,
         ),
@@ -221,13 +239,15 @@ def compress(
     coding: Annotated[
         str | None,
         typer.Option(
-            metavar="htp|omp", help=f"How coefficients are found. [default: {_FAST.coding}]", rich_help_panel=_SOLVER
+            metavar=_choices("coding"),
+            help=f"How coefficients are found. [default: {_FAST.coding}]",
+            rich_help_panel=_SOLVER,
         ),
     ] = None,
     update: Annotated[
         str | None,
         typer.Option(
-            metavar="mod|ksvd|ksvd-exact",
+            metavar=_choices("update"),
             help=f"How the dictionary is updated. [default: {_FAST.update}]",
             rich_help_panel=_SOLVER,
         ),
@@ -235,7 +255,7 @@ def compress(
     start: Annotated[
         str | None,
         typer.Option(
-            metavar="svd|columns", help=f"The first dictionary. [default: {_FAST.start}]", rich_help_panel=_SOLVER
+            metavar=_choices("start"), help=f"The first dictionary. [default: {_FAST.start}]", rich_help_panel=_SOLVER
         ),
     ] = None,
     iterations: Annotated[
@@ -346,7 +366,9 @@ def eval_(
     reference: Annotated[
         str | None, typer.Option(help="A MODEL to measure KL divergence and agreement against.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures there; an infinite one is null.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Name of the row in reports. [default: MODEL]")] = None,
     device: Device = "auto",
     dtype: Dtype = DtypeName.auto,
@@ -357,7 +379,14 @@ def eval_(
     content = read_texts(text, demo_part="evaluation")
     place = resolve_device(device)
     opened, tokenizer = open_model(model, device=place, dtype=dtype.value)
-    other = open_model(reference, device=place, dtype=dtype.value)[0] if reference else None
+    other = None
+    if reference:
+        other, its_tokenizer = open_model(reference, device=place, dtype=dtype.value)
+        if not torch.equal(token_ids(tokenizer, content), token_ids(its_tokenizer, content)):
+            raise LexigramError(
+                f"{model} and {reference} split the text into different tokens, so their predictions cannot be compared; name "
+                "the model that was compressed as --reference"
+            )
     with _bars() as bars, bars.steps("evaluate") as update:
         result = evaluate(
             opened,
@@ -382,7 +411,7 @@ def eval_(
         "command": " ".join(sys.argv),
     }
     if json_file:
-        _write(json_file, json.dumps(figures, indent=1) + "\n")
+        _write(json_file, json.dumps(_finite(figures), indent=1, allow_nan=False) + "\n")
     console.print(*report.evaluation_tables([figures]))
 
 
@@ -393,7 +422,7 @@ def report_(
     """Print evaluations side by side."""
     rows = [_read_json(file) for file in files]
     for file, row in zip(files, rows, strict=True):
-        if not isinstance(row.get("token_perplexity"), (int, float)):
+        if not isinstance(row.get("token_perplexity", ""), (int, float, NoneType)):
             raise LexigramError(f"{file} holds no evaluation; name what `lexigram eval --json` wrote")
     console.print(*report.evaluation_tables(rows))
 
@@ -501,6 +530,13 @@ def _write(file: Path, content: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise LexigramError(f"{file} cannot be written: {error.strerror or error}; name another file") from error
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """The same with None for what JSON has no number for."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()
+    }
 
 
 def _read_json(file: Path) -> dict[str, Any]:

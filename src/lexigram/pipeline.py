@@ -17,7 +17,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lexigram.allocation.uniform import BYTES_PER_WEIGHT
 from lexigram.calibration.gram import Gram, collecting
 from lexigram.calibration.layerwise import LayerRunner
 from lexigram.calibration.sampling import sample_sequences
@@ -74,13 +73,16 @@ def compress(
     progress, watch, out = progress or Silent(), Stopwatch(), Path(out)
     check_target(out, overwrite=overwrite)
     if prepared is not None:
+        if prepared.recipe != recipe:
+            raise LexigramError("the plan was made from another recipe; plan again, or leave it out")
         watch.credit("plan", prepared.seconds)
     with watch.stage("plan"):
         prepared = prepared or plan(recipe)
         check_target(out, overwrite=overwrite, needed_bytes=prepared.disk_bytes)
     with watch.stage("load"), progress.stage("load the model", 1) as step:
         model = prepared.source.model(prepared.device)
-        _check_finite(model, f"{recipe.model} has", "mend the checkpoint")
+        _check_finite(model, recipe.model)
+        _check_storable(model, {target.name for target in prepared.targets}, recipe.dtype)
         step()
     tokens = prepared.tokens
     if tokens is None:
@@ -91,7 +93,6 @@ def compress(
     with staged(out, overwrite=overwrite) as folder:
         with watch.stage("save"), progress.stage("save", 1) as step:
             attach_config(model.to(getattr(torch, recipe.dtype)))
-            _check_finite(model, f"stored as {recipe.dtype},", "store it in another --dtype")
             model.save_pretrained(folder)
             prepared.source.tokenizer().save_pretrained(folder)
             step()
@@ -102,7 +103,7 @@ def compress(
 
 
 def stored_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of every tensor in the weight files of `folder`, by name, read from the headers."""
+    """Bytes of every tensor in the weight files of `folder`, by name."""
     sizes: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -190,18 +191,30 @@ def _replace(prepared: Plan, model: nn.Module, target: Target, gram: Gram, diges
         shape=target.shape,
         site=target.site,
         factors=spec.model_dump(),
-        bytes_before=BYTES_PER_WEIGHT * target.weight_count,
+        bytes_before=target.dense_bytes,
         bytes_after=spec.bytes,
         parameters_after=spec.parameters,
         fit=report,
     )
 
 
-def _check_finite(model: nn.Module, what: str, remedy: str) -> None:
-    """Raise where a weight is NaN or infinite, whether it is compressed or not: the result would be broken without a sign."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise LexigramError(f"{what} values in {name} that are not finite (NaN or infinity); {remedy}")
+def _check_finite(model: nn.Module, name: str) -> None:
+    """Raise where a weight is NaN or infinite, compressed or not: the result would be broken without a sign."""
+    for parameter, values in model.named_parameters():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise LexigramError(
+                f"{name} has values in {parameter} that are not finite (NaN or infinity); mend the checkpoint"
+            )
+
+
+def _check_storable(model: nn.Module, targets: set[str], dtype: str) -> None:
+    """Raise, before any work, where what is not compressed would overflow in the dtype that it is stored in."""
+    most = torch.finfo(getattr(torch, dtype)).max
+    for parameter, values in model.named_parameters():
+        if parameter.removesuffix(".weight") not in targets and float(values.detach().abs().max()) > most:
+            raise LexigramError(
+                f"{parameter} has values beyond {most:g}, the largest {dtype}; store it in another --dtype"
+            )
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -246,7 +259,8 @@ def _record(
         calibration_tokens=tokens.ids.numel(),
         requested_ratio=recipe.ratio,
         ratio=1 - after / before,
-        parameter_ratio=1 - sum(layer.parameters_after for layer in layers) * BYTES_PER_WEIGHT / before,
+        parameter_ratio=1
+        - sum(layer.parameters_after for layer in layers) / sum(target.weight_count for target in prepared.targets),
         bytes_before=before,
         bytes_after=after,
         model_bytes_before=uncompressed + before,

@@ -4,11 +4,12 @@ is raised here, before any work.
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from lexigram.allocation.uniform import BYTES_PER_WEIGHT, uniform
+from lexigram.allocation.uniform import uniform
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.devices import forward_dtype, resolve_device
@@ -46,7 +47,7 @@ class Plan:
     @property
     def bytes_before(self) -> int:
         """Of the layers to compress, in bfloat16."""
-        return sum(BYTES_PER_WEIGHT * target.weight_count for target in self.targets)
+        return sum(target.dense_bytes for target in self.targets)
 
     @property
     def bytes_after(self) -> int:
@@ -70,6 +71,7 @@ def plan(recipe: Recipe) -> Plan:
     config = source.config()
     if is_compressed(config):
         raise LexigramError(f"{recipe.model} is compressed already; name the original model")
+    _refuse_quantised(source, config)
     device = resolve_device(recipe.device)
     skeleton = source.skeleton()
     targets = find_targets(skeleton, recipe.include, recipe.exclude)
@@ -90,6 +92,14 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
+def _refuse_quantised(source: Source, config: Any) -> None:
+    """A model that other software has quantised holds codes, not weights; only GGUF is dequantised on loading."""
+    content = getattr(config, "quantization_config", None)
+    if content and source.gguf is None:
+        method = content.get("quant_method") if isinstance(content, dict) else getattr(content, "quant_method", None)
+        raise LexigramError(f"{source.name} is quantised already ({method}); name the model that it was made from")
+
+
 def _specs(recipe: Recipe, targets: list[Target]) -> dict[str, FactorSpec]:
     budgets = uniform(targets, recipe.ratio, recipe.accounting)
     specs = {}
@@ -101,8 +111,8 @@ def _specs(recipe: Recipe, targets: list[Target]) -> dict[str, FactorSpec]:
     return specs
 
 
-def _length(recipe: Recipe, config: object) -> int:
-    context = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+def _length(recipe: Recipe, config: Any) -> int:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_LENGTH
     length = recipe.calibration.length or min(_DEFAULT_LENGTH, context)
     if length > context:
         raise LexigramError(

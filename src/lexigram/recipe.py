@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lexigram.errors import LexigramError
 from lexigram.methods import METHODS, AnyMethod, CospadiConfig
@@ -53,6 +53,15 @@ class Recipe(BaseModel):
     device: str = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _paper_stores_14_bits(self) -> "Recipe":
+        """The paper's accounting is exact in bytes for 14-bit coefficients only (`methods.cospadi`)."""
+        if self.accounting == "paper" and isinstance(self.method, CospadiConfig) and self.method.coefficient_bits != 14:
+            if "coefficient_bits" in self.method.model_fields_set:
+                raise ValueError("the accounting `paper` stores coefficients in 14 bits; set coefficient_bits to 14")
+            object.__setattr__(self, "method", self.method.model_copy(update={"coefficient_bits": 14}))
+        return self
 
     @classmethod
     def parse(cls, content: dict[str, Any], where: str = "the recipe") -> "Recipe":
@@ -105,6 +114,8 @@ def explain(error: ValidationError) -> str:
         return f"unknown key {where!r}{f' of the method {method}' if method else ''}; {hint}"
     if first["type"] == "union_tag_invalid":
         return f"unknown method {first['input'].get('name')!r}; the methods are {', '.join(METHODS)}"
+    if not path:  # a rule over several keys
+        return first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{where} is missing; give it a value"
     message = first["msg"].replace("Input should", "it should")

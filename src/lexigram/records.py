@@ -1,7 +1,6 @@
 """What a run leaves behind besides the model: `run.json`, and the stopwatch that fills it. Decides nothing."""
 
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -41,8 +40,9 @@ class RunRecord(BaseModel):
     """The content of `run.json`.
 
     Sizes are stored bytes, file headers aside; `bytes_*` of the compressed layers (bfloat16 before), `model_bytes_*` of the
-    whole model. `ratio` is the share of `bytes_before` that was removed, `requested_ratio` what was asked for. `files` lists
-    what the run wrote; nothing else in the folder is ever removed.
+    whole model. `weights_sha256` is of the compressed layers' weights as they were loaded, in the model's order. `ratio` is
+    the share of `bytes_before` that was removed, `requested_ratio` what was asked for. `files` lists what the run wrote;
+    nothing else in the folder is ever removed.
     """
 
     lexigram: str
@@ -103,7 +103,11 @@ class Stopwatch:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far."""
+    """The largest resident set of this process so far; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

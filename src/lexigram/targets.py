@@ -43,6 +43,11 @@ class Target:
         """How many weights it has."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def dense_bytes(self) -> int:
+        """What the weight takes uncompressed, in bfloat16."""
+        return 2 * self.weight_count
+
 
 def find_targets(skeleton: PreTrainedModel, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Target]:
     """The layers to compress, in the model's order.
@@ -148,13 +153,13 @@ def _input_sites(skeleton: PreTrainedModel, names: Sequence[str]) -> dict[str, s
     """
     inputs: dict[str, torch.Tensor] = {}  # holds the tensors: an id may be given out again once its tensor is gone
 
-    def note(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            inputs.setdefault(name, args[0])
+    def note(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], dict[str, torch.Tensor]], None]:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            inputs.setdefault(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
-    hooks = [skeleton.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    hooks = [skeleton.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
     tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
     try:
         with torch.no_grad():

@@ -7,9 +7,6 @@ from lexigram.errors import LexigramError
 from lexigram.methods.base import Budget
 from lexigram.targets import Target
 
-BYTES_PER_WEIGHT = 2
-"""Of an uncompressed weight: bfloat16."""
-
 
 def uniform(targets: Sequence[Target], ratio: float, accounting: Literal["bytes", "paper"]) -> dict[str, Budget]:
     """Every target keeps ``1 - ratio`` of its bfloat16 bytes, or of its parameters where the accounting is the paper's.
@@ -23,4 +20,4 @@ def uniform(targets: Sequence[Target], ratio: float, accounting: Literal["bytes"
         )
     if accounting == "paper":
         return {target.name: Budget(int((1 - ratio) * target.weight_count), "parameters") for target in targets}
-    return {target.name: Budget(int((1 - ratio) * BYTES_PER_WEIGHT * target.weight_count)) for target in targets}
+    return {target.name: Budget(int((1 - ratio) * target.dense_bytes)) for target in targets}

@@ -1,37 +1,17 @@
-"""The Gram of a layer's inputs, ``G = sum_t x_t^T x_t`` over the calibration tokens: a sum, never a mean."""
+"""Grams added up from the inputs that layers see in forward passes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from lexigram.errors import LexigramError
-from lexigram.linalg.whitening import Whitening, whiten
+from lexigram.gram import Gram
 
 _CHUNK_TOKENS = 2048  # float32 inside a chunk, float64 across chunks
 _BLOCKS = 3
-
-
-@dataclass(frozen=True)
-class Gram:
-    """Uncentred second moments of an input site.
-
-    `matrix` is (in, in) float64, the sum over `tokens` calibration tokens.
-    """
-
-    matrix: Tensor
-    tokens: int
-
-    @cached_property
-    def whitening(self) -> Whitening:
-        """The factor ``L`` with ``L^T L = G``, computed once for all the layers on this site."""
-        found = whiten(self.matrix)
-        # Rounding in the sums leaves small eigenvalues where there should be none; the tokens bound the true rank.
-        return replace(found, rank=min(found.rank, self.tokens))
 
 
 class GramAccumulator:
@@ -104,12 +84,12 @@ def collecting(modules: dict[str, nn.Module]) -> Iterator[dict[str, GramAccumula
     accumulators = {name: GramAccumulator() for name in modules}
 
     def hook_for(name: str):  # type: ignore[no-untyped-def]
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            accumulators[name].add(args[0])
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            accumulators[name].add(args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield accumulators
     finally:

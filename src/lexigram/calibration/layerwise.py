@@ -6,7 +6,7 @@ and full attention) work because every layer's arguments are its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+
+
+class _Recorded(Exception):  # noqa: N818 - no error: it ends a forward pass that has given what it was made for
+    """Everything is known: the rest of the forward pass, lm_head and its logits, would be thrown away."""
 
 
 class LayerRunner:
@@ -55,6 +59,8 @@ class LayerRunner:
             def stand_in(hidden: Tensor, *args: Any, calls=calls, inputs=inputs, **kwargs: Any) -> Any:  # type: ignore[no-untyped-def]
                 inputs.append(hidden)
                 calls.append((args, kwargs))
+                if len(calls) == len(self._layers):
+                    raise _Recorded
                 return self._wrap(hidden)
 
             with self._standing_in([stand_in] * len(self._layers)):
@@ -81,10 +87,14 @@ class LayerRunner:
     def _learn_output(self, ids: Tensor) -> Callable[[Tensor], Any]:
         """How a layer wraps its hidden states: as a bare tensor or as the first of a tuple."""
         outputs: list[Any] = []
-        hook = self._layers[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+
+        def note(_module: nn.Module, _args: Any, output: Any) -> None:
+            outputs.append(output)
+            raise _Recorded
+
+        hook = self._layers[0].register_forward_hook(note)
         try:
-            with self._standing_in([None, *[lambda hidden, *_a, **_k: outputs[0]] * (len(self._layers) - 1)]):
-                self._forward(ids, self._cast(self._named_in_model(self._layers[0])))
+            self._forward(ids, self._cast(self._named_in_model(self._layers[0])))
         finally:
             hook.remove()
         if isinstance(outputs[0], tuple):
@@ -94,7 +104,7 @@ class LayerRunner:
 
     def _forward(self, ids: Tensor, more: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         inputs = {"input_ids": ids.to(self._model.device), "use_cache": False}
-        with torch.no_grad():
+        with torch.no_grad(), suppress(_Recorded):
             functional_call(self._model, {**self._outside, **more}, (), inputs)
 
     def _cast(self, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

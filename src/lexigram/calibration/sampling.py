@@ -66,8 +66,8 @@ def _first_tokens(
     if bos is not None:
         if not 0 <= bos < vocabulary:
             raise LexigramError(
-                f"The start token {bos} is outside the model's vocabulary of {vocabulary}. Use the model's own "
-                "tokenizer."
+                f"the start token {bos} is outside the model's vocabulary of {vocabulary}; use the model's own "
+                "tokenizer"
             )
         return torch.full((sequences, 1), bos, dtype=torch.int64)
     ordinary = torch.tensor([token for token in range(vocabulary) if token not in special], dtype=torch.int64)
@@ -88,7 +88,7 @@ class _Draw:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not scores.amax(dim=-1).isfinite().all():
             raise LexigramError(
-                f"The model's logits for token {input_ids.shape[1]} of a sampled sequence are not finite. Load the "
-                "model in float32 or bfloat16, or calibrate on text; if it still fails, its weights are broken."
+                f"the model's logits for token {input_ids.shape[1]} of a sampled sequence are not finite; load the "
+                "model in float32 or bfloat16, or calibrate on text; if it still fails, its weights are broken"
             )
         return scores - torch.empty_like(scores).exponential_(generator=self.generator).log_()

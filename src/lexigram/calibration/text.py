@@ -35,7 +35,7 @@ def read_texts(
     if isinstance(names, str):
         names = [names]
     if not names:
-        raise LexigramError("No text was named. Name a .txt or .jsonl file, `demo`, or hub:NAME.")
+        raise LexigramError("no text was named; name a .txt or .jsonl file, `demo`, or hub:NAME")
     texts = []
     for name in names:
         if name == "demo":
@@ -67,33 +67,33 @@ def demo_text(part: DemoPart) -> str:
         return BETWEEN_DOCUMENTS.join(documents[:cut])
     if part == "evaluation":
         return BETWEEN_DOCUMENTS.join(documents[cut:])
-    raise LexigramError(f"The demo text has no part {part!r}. Use 'calibration' or 'evaluation'.")
+    raise LexigramError(f"the demo text has no part {part!r}; use 'calibration' or 'evaluation'")
 
 
 def _read_file(path: Path) -> str:
     """The text of one file, by its suffix."""
     suffix = path.suffix.lower()
     if path.is_dir():
-        raise LexigramError(f"{path} is a directory, not a text file. Name the files in it one by one.")
+        raise LexigramError(f"{path} is a directory, not a text file; name the files in it one by one")
     if suffix not in (*PLAIN_SUFFIXES, ".jsonl"):
         raise LexigramError(
-            f"{path} has the suffix {suffix!r}, which is not known here. Use plain text (.txt, .raw), .jsonl with a "
-            "field `text`, the word `demo`, or hub:NAME for a hub data set."
+            f"{path} has the suffix {suffix!r}, which is not known here; use plain text (.txt, .raw), .jsonl with a "
+            "field `text`, the word `demo`, or hub:NAME for a hub data set"
         )
     if not path.exists():
-        raise LexigramError(f"There is no file {path}. Check the path; the working directory is {Path.cwd()}.")
+        raise LexigramError(f"there is no file {path} (the working directory is {Path.cwd()}); check the path")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LexigramError(
-            f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. Convert the file to UTF-8."
+            f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; convert the file to UTF-8"
         ) from error
     except OSError as error:
-        raise LexigramError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+        raise LexigramError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
     if suffix == ".jsonl":
         text = BETWEEN_DOCUMENTS.join(_json_lines(path, text))
     if not text.strip():
-        raise LexigramError(f"{path} holds no text. Name a file with text in it.")
+        raise LexigramError(f"{path} holds no text; name a file with text in it")
     return text
 
 
@@ -107,11 +107,11 @@ def _json_lines(path: Path, content: str) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise LexigramError(
-                f"{where} is not JSON: {error.msg} at column {error.colno}. Write one JSON object a line."
+                f"{where} is not JSON: {error.msg} at column {error.colno}; write one JSON object a line"
             ) from error
         if not isinstance(record, dict):
             raise LexigramError(
-                f'{where} is a JSON {type(record).__name__}, not an object. Write {{"text": "..."}} on each line.'
+                f'{where} is a JSON {type(record).__name__}, not an object; write {{"text": "..."}} on each line'
             )
         yield _text_field(record, where)
 
@@ -120,15 +120,15 @@ def _text_field(record: dict[str, Any], where: str) -> str:
     """The string in a record's field `text`."""
     if "text" not in record:
         found = ", ".join(repr(key) for key in record) or "none"
-        raise LexigramError(f"{where} has no field 'text' (its fields: {found}). Rename the field to 'text'.")
+        raise LexigramError(f"{where} has no field 'text' (its fields: {found}); rename the field to 'text'")
     text = record["text"]
     if not isinstance(text, str):
-        raise LexigramError(f"{where}: the field 'text' is a {type(text).__name__}. It must be a string.")
+        raise LexigramError(f"{where}: the field 'text' is a {type(text).__name__}; it must be a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise LexigramError(
-            f"{where}: the field 'text' holds half of a surrogate pair at character {error.start}. Mend the text."
+            f"{where}: the field 'text' holds half of a surrogate pair at character {error.start}; mend the text"
         ) from error
     return text
 
@@ -138,7 +138,7 @@ def _read_hub(name: str, limit: int) -> str:
     parts = name.removeprefix("hub:").split(":")
     if len(parts) > 3 or not parts[0]:
         raise LexigramError(
-            f"{name!r} does not name a hub data set. Write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT."
+            f"{name!r} does not name a hub data set; write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
         )
     data_set, config, split = (*parts, "", "")[:3]
     split = split or "train"
@@ -146,7 +146,7 @@ def _read_hub(name: str, limit: int) -> str:
         from datasets import load_dataset
     except ImportError as error:
         raise LexigramError(
-            f"{name!r} needs the package `datasets`, which is not installed. Run: pip install 'lexigram[hub-data]'"
+            f"{name!r} needs the package `datasets`, which is not installed; run: pip install 'lexigram[hub-data]'"
         ) from error
     try:
         rows = load_dataset(data_set, config or None, split=split, streaming=True)
@@ -155,11 +155,11 @@ def _read_hub(name: str, limit: int) -> str:
         raise
     except Exception as error:  # whatever `datasets` or the network raises: no common class
         raise LexigramError(
-            f"{name!r} could not be read: {type(error).__name__}: {error}. Check the name, the configuration "
-            f"{config or '(the default)'!s}, the split {split!r} and the network, or name a file."
+            f"{name!r} could not be read: {type(error).__name__}: {error}; check the name, the configuration "
+            f"{config or '(the default)'!s}, the split {split!r} and the network, or name a file"
         ) from error
     if not text.strip():
-        raise LexigramError(f"{name!r} holds no text in its split {split!r}. Name another split or data set.")
+        raise LexigramError(f"{name!r} holds no text in its split {split!r}; name another split or data set")
     return text
 
 

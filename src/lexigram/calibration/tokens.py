@@ -36,8 +36,8 @@ class TokenSequences:
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.dtype != torch.int64 or self.ids.numel() == 0:
             raise LexigramError(
-                f"Token sequences need an int64 tensor (sequences, length) that is not empty; this one is "
-                f"{self.ids.dtype} {tuple(self.ids.shape)}. Convert it with .to(torch.int64) and give it two axes."
+                f"token sequences need an int64 tensor (sequences, length) that is not empty, and this one is "
+                f"{self.ids.dtype} {tuple(self.ids.shape)}; convert it with .to(torch.int64) and give it two axes"
             )
         object.__setattr__(self, "ids", self.ids.detach().cpu().contiguous())
         object.__setattr__(self, "sha256", token_hash(self.ids))
@@ -89,8 +89,8 @@ def token_sequences(
         else:
             fits = f"one sequence of {ids.numel()}" if ids.numel() >= 2 else "nothing"
         raise LexigramError(
-            f"The text ({source}) has {ids.numel()} tokens, too few for {sequences} sequences of {length} "
-            f"({sequences * length} tokens). What fits: {fits}. Give more text, or fewer or shorter sequences."
+            f"the text ({source}) has {ids.numel()} tokens, too few for {sequences} sequences of {length} "
+            f"({sequences * length} tokens), and what fits is {fits}; give more text, or fewer or shorter sequences"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:sequences].sort().values
@@ -101,4 +101,4 @@ def token_sequences(
 def check_at_least(name: str, value: int, least: int) -> None:
     """Refuse a count below its least value."""
     if value < least:
-        raise LexigramError(f"{name} is {value}. It must be at least {least}.")
+        raise LexigramError(f"{name} is {value}; it must be at least {least}")

@@ -111,8 +111,8 @@ def evaluate(
         likelihood = _negative_log_likelihood(logits, targets)
         if not math.isfinite(likelihood):
             raise LexigramError(
-                f"The loss in {where} is {likelihood}: the model ({model.dtype}) gives values that are not finite. "
-                "Load it in float32 or bfloat16; if it still fails, its weights are broken."
+                f"the loss in {where} is {likelihood}: the model ({model.dtype}) gives values that are not finite; "
+                "load it in float32 or bfloat16; if it still fails, its weights are broken"
             )
         likelihoods.append(likelihood)
         counts.append(targets.numel())
@@ -120,14 +120,14 @@ def evaluate(
             other = _logits(reference, ids, window)
             if other.shape != logits.shape:
                 raise LexigramError(
-                    f"The model's vocabulary has {logits.shape[-1]} entries and the reference's {other.shape[-1]}. Use "
-                    "the model that this one was made from as the reference."
+                    f"the model's vocabulary has {logits.shape[-1]} entries and the reference's {other.shape[-1]}; use "
+                    "the model that this one was made from as the reference"
                 )
             kl, same = _compare(logits, other)
             if not math.isfinite(kl):
                 raise LexigramError(
                     f"KL(reference || model) in {where} is {kl}: the reference ({reference.dtype}) gives values that "
-                    "are not finite, or the model rules out a token that the reference does not. Load both in float32."
+                    "are not finite, or the model rules out a token that the reference does not; load both in float32"
                 )
             divergence += kl
             agreeing += same
@@ -142,7 +142,7 @@ def evaluate(
     words, size = len(decoded.split()), len(decoded.encode("utf-8"))
     if not words:
         raise LexigramError(
-            f"The scored text, {sum(counts)} tokens, holds no word, only whitespace. Give text with words."
+            f"the scored text, {sum(counts)} tokens, holds no word, only whitespace; give text with words"
         )
     total, tokens = math.fsum(likelihoods), sum(counts)
     return Evaluation(
@@ -179,18 +179,18 @@ def greedy_sentence(
     from transformers import GenerationConfig
 
     if max_new_tokens < 1:
-        raise LexigramError(f"max_new_tokens is {max_new_tokens}. It must be at least 1.")
+        raise LexigramError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if chat:
         if not tokenizer.chat_template:
             raise LexigramError(
-                f"The tokenizer ({tokenizer.name_or_path}) has no chat template. Ask without `chat`, or use the "
-                "tokenizer of a chat model."
+                f"the tokenizer ({tokenizer.name_or_path}) has no chat template; ask without `chat`, or use the "
+                "tokenizer of a chat model"
             )
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")["input_ids"].to(torch.int64)
     if ids.shape[1] == 0:
-        raise LexigramError(f"The prompt {prompt!r} has no tokens. Give a prompt of a word or more.")
+        raise LexigramError(f"the prompt {prompt!r} has no tokens; give a prompt of a word or more")
     check_context(model, ids.shape[1] + max_new_tokens, "prompt plus max_new_tokens")
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
@@ -210,24 +210,24 @@ def greedy_sentence(
 def _check_windowing(context: int, stride: int, windows: int | None) -> None:
     """Refuse a context, stride or number of windows that cannot be."""
     if context < 2:
-        raise LexigramError(f"context is {context}. It must be at least 2: a token to read and a token to score.")
+        raise LexigramError(f"context is {context}; it must be at least 2: a token to read and a token to score")
     if not 1 <= stride <= context:
         raise LexigramError(
-            f"stride is {stride} with context {context}. It must be from 1 to {context}: beyond it, text is skipped."
+            f"stride is {stride} with context {context}; it must be from 1 to {context}: beyond it, text is skipped"
         )
     if windows is not None and windows < 1:
-        raise LexigramError(f"windows is {windows}. It must be at least 1, or None for the whole text.")
+        raise LexigramError(f"windows is {windows}; it must be at least 1, or None for the whole text")
 
 
 def _check_tokens(ids: torch.Tensor, model: PreTrainedModel) -> None:
     """Refuse a text that is too short, or tokens that the model does not know."""
     if ids.numel() < 2:
-        raise LexigramError(f"The text has {ids.numel()} tokens; scoring needs at least 2. Give more text.")
+        raise LexigramError(f"the text has {ids.numel()} tokens, and scoring needs at least 2; give more text")
     largest, vocabulary = int(ids.max()), model.config.get_text_config().vocab_size
     if largest >= vocabulary:
         raise LexigramError(
-            f"The tokenizer gives the token {largest}, but the model's vocabulary has {vocabulary} entries. Use the "
-            "model's own tokenizer."
+            f"the tokenizer gives the token {largest}, but the model's vocabulary has {vocabulary} entries; use the "
+            "model's own tokenizer"
         )
 
 

@@ -24,7 +24,7 @@ def mod(codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, fl
     right = (codes.T @ residual) / scale[:, None]
     # A pivot below this is rounding, even where Cholesky finds it positive.
     resolution = normal.shape[0] * torch.finfo(codes.dtype).eps
-    for ridge in (0.0, 1e-4, 1e-2, 1.0):
+    for ridge in (0.0, 10 * resolution, 1e-2, 1.0):
         normal.diagonal().fill_(1.0 + ridge)
         lower, failed = torch.linalg.cholesky_ex(normal)
         if not failed and lower.diagonal().square().min() > resolution:

@@ -16,36 +16,22 @@ CG_STEPS = 2
 
 def htp(
     gram: Tensor,
-    correlation: Tensor,
+    gradient: Tensor,
+    codes: Tensor,
     sparsity: int,
-    codes: Tensor | None = None,
     *,
     rounds: int = ROUNDS,
     cg_steps: int = CG_STEPS,
     step: float = 1.0,
 ) -> Tensor:
-    """Codes ``(n, k)`` with at most ``sparsity`` non-zeros a row, from ``D D^T (k, k)`` and ``Y D^T (n, k)``.
+    """Codes ``(n, k)`` with `sparsity` non-zeros a row for unit atoms, from ``D D^T (k, k)`` and a warm start.
 
-    ``codes`` are the warm start (zeros without one), themselves at most ``sparsity`` a row. The squared error of no row
-    is ever above that of its warm start: a row that ``rounds`` rounds did not improve keeps its old codes.
-    Atoms need not have unit norm; a zero atom is never used.
+    ``gradient`` is ``(Y - C D) D^T`` at the warm start ``codes``; for a start at zero it is ``Y D^T``. A row may come out
+    worse than its warm start: whoever has the residual at hand keeps the better one.
     """
-    sparsity = min(sparsity, gram.shape[0])
-    scale = gram.diagonal().clamp_min(0).sqrt()
-    alive = scale > 0
-    scale = torch.where(alive, scale, 1.0)
-    unit = gram / (scale[:, None] * scale)
-    correlation = correlation / scale * alive
-    best = torch.zeros_like(correlation) if codes is None else codes * scale * alive
-    gradient = correlation if codes is None else torch.addmm(correlation, best, unit, alpha=-1.0)
     for _ in range(rounds):
-        found, after = pursue(unit, gradient, best, sparsity, cg_steps, step)
-        # ||y - (c + e) D||^2 - ||y - c D||^2 = -e . (g + g'), g and g' the gradients at c and c + e: no cancellation.
-        change = found - best
-        better = torch.linalg.vecdot(change, gradient + after)[:, None] > 0
-        best = torch.where(better, found, best)
-        gradient = torch.where(better, after, gradient)
-    return best / scale
+        codes, gradient = pursue(gram, gradient, codes, sparsity, cg_steps, step)
+    return codes
 
 
 def pursue(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lexigram.linalg.dictionary_update import POWER_ITERATIONS, ksvd, mod
-from lexigram.linalg.htp import CG_STEPS, ROUNDS, pursue
+from lexigram.linalg.htp import CG_STEPS, ROUNDS, htp
 from lexigram.linalg.omp import BATCH, omp
 from lexigram.linalg.svd import truncated_svd
 
@@ -34,8 +34,8 @@ class Coding(Protocol):
 class Update(Protocol):
     """A dictionary update for fixed supports; must not raise the norm of the residual."""
 
-    def __call__(self, codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """New codes (same supports) and dictionary."""
+    def __call__(self, codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, float]:
+        """New codes (same supports), dictionary, and the ridge that a singular problem needed (0.0 where none)."""
         ...
 
 
@@ -64,9 +64,7 @@ class HTP:
     ) -> Tensor:
         """See `Coding`."""
         gram, gradient = dictionary @ dictionary.T, residual @ dictionary.T
-        for _ in range(self.rounds):
-            codes, gradient = pursue(gram, gradient, codes, sparsity, self.cg_steps, step)
-        return codes
+        return htp(gram, gradient, codes, sparsity, rounds=self.rounds, cg_steps=self.cg_steps, step=step)
 
 
 @dataclass(frozen=True)
@@ -75,19 +73,19 @@ class KSVD:
 
     power_iterations: int | None = POWER_ITERATIONS
 
-    def __call__(self, codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, float]:
         """See `Update`."""
         codes, dictionary, _ = ksvd(codes, dictionary, residual, power_iterations=self.power_iterations)
-        return codes, dictionary
+        return codes, dictionary, 0.0
 
 
 @dataclass(frozen=True)
 class MOD:
     """All atoms by one least-squares solve."""
 
-    def __call__(self, codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, float]:
         """See `Update`."""
-        return codes, mod(codes, dictionary, residual)[0]
+        return codes, *mod(codes, dictionary, residual)
 
 
 def start_columns(signals: Tensor, atoms: int, generator: torch.Generator | None) -> Tensor:

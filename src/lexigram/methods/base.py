@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lexigram.calibration.gram import Gram
 from lexigram.factors import Factor, FactorSpec
+from lexigram.gram import Gram
 from lexigram.linalg.whitening import Whitening
 
 

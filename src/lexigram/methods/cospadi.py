@@ -13,11 +13,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexigram.calibration.gram import Gram
 from lexigram.factors import Bfloat, DenseSpec, Product, ProductSpec, SparseSpec, encode
 from lexigram.factors.bits import packed_bytes
-from lexigram.linalg.dictionary_learning import HTP, KSVD, MOD, OMP, Coding, Start, Update, learn_dictionary
-from lexigram.linalg.dictionary_update import mod
+from lexigram.gram import Gram
+from lexigram.linalg.dictionary_learning import (
+    HTP,
+    ITERATIONS,
+    KSVD,
+    MOD,
+    OMP,
+    TOLERANCE,
+    Coding,
+    Start,
+    Update,
+    learn_dictionary,
+)
+from lexigram.linalg.dictionary_update import POWER_ITERATIONS, mod
 from lexigram.methods.base import (
     Budget,
     BudgetTooSmallError,
@@ -59,11 +70,11 @@ class CospadiConfig(MethodConfig):
     htp_rounds: int = Field(default=HTP().rounds, ge=1)
     cg_steps: int = Field(default=HTP().cg_steps, ge=1)
     update: Literal["mod", "ksvd", "ksvd-exact"] = "mod"
-    power_iterations: int = Field(default=8, ge=1)
+    power_iterations: int = Field(default=POWER_ITERATIONS, ge=1)
     start: Start = "svd"
     accelerate: bool = True
-    iterations: int = Field(default=10, ge=1)
-    tolerance: float = Field(default=1e-2, ge=0)
+    iterations: int = Field(default=ITERATIONS, ge=1)
+    tolerance: float = Field(default=TOLERANCE, ge=0)
     plain: bool = False
 
 
@@ -131,7 +142,7 @@ def _(
         **solver(config),
     )
     coefficients = encode(learned.codes, spec.left)
-    dictionary = _refitted(signals, coefficients.to_dense(), learned.dictionary)
+    dictionary, ridge = _refitted(signals, coefficients.to_dense(), learned.dictionary)
     factors = Product(coefficients, encode(whitening.unwhiten(dictionary), spec.right))
     scale = float(signals.double().square().sum()) or 1.0
     last = learned.stop == "iterations"
@@ -148,13 +159,13 @@ def _(
         seconds=time.perf_counter() - start,
         gram_rank=gram.whitening.rank,
         gram_damping=gram.whitening.damping,
-        details={"replaced_atoms": learned.replaced},
+        details={"replaced_atoms": learned.replaced, "ridge": max(learned.ridge, ridge)},
     )
 
 
-def _refitted(signals: Tensor, codes: Tensor, dictionary: Tensor) -> Tensor:
+def _refitted(signals: Tensor, codes: Tensor, dictionary: Tensor) -> tuple[Tensor, float]:
     """The best dictionary for the codes as they were rounded: it takes up about k/n of the rounding error's energy."""
-    return mod(codes, dictionary, torch.addmm(signals, codes, dictionary, alpha=-1.0))[0]
+    return mod(codes, dictionary, torch.addmm(signals, codes, dictionary, alpha=-1.0))
 
 
 def solver(config: CospadiConfig) -> SolverParts:

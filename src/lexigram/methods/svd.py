@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lexigram.calibration.gram import Gram
 from lexigram.factors import DenseSpec, FactorSpec, Product, ProductSpec, encode
+from lexigram.gram import Gram
 from lexigram.linalg.svd import truncated_svd
 from lexigram.methods.base import (
     Budget,

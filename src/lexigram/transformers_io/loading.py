@@ -1,13 +1,14 @@
 """Opening compressed folders with every check on, and writing them out as ordinary ones."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lexigram.errors import LexigramError
-from lexigram.source import Source
+from lexigram.source import Source, check_loaded
 from lexigram.staging import staged
 from lexigram.transformers_io import quantizer
 from lexigram.transformers_io.linear import factored_layers
@@ -33,7 +34,7 @@ def load(
     unexpected tensors, of which transformers only warns, into errors.
 
     Args:
-        path: the folder, or a hub id.
+        path: the folder (``~`` is expanded), or a hub id.
         device: where to put it.
         dtype: of the parts that are not compressed, and of the dense weights.
         dense: multiply the factors out once, for speed; the model then has its original size in memory.
@@ -41,7 +42,8 @@ def load(
     Raises:
         LexigramError: where the folder is not a complete, undamaged compressed model.
     """
-    if not Path(path).is_dir() and str(path).count("/") != 1:
+    path = os.path.expanduser(path)
+    if not Path(path).is_dir() and path.count("/") != 1:
         raise LexigramError(f"there is no folder {path}; name what `lexigram compress --out` wrote")
     try:
         # Of a wrong shape the report names the tensor, where transformers' own error only points to its log.
@@ -52,14 +54,7 @@ def load(
         raise
     except Exception as error:  # transformers raises many types here; all of them mean the same to the user
         raise LexigramError(f"cannot load {path}: {type(error).__name__}: {error}") from error
-    problems = {
-        key: report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)
-    }
-    if problems:
-        kind, keys = next(iter(problems.items()))
-        raise LexigramError(
-            f"{path} is not complete: {kind.replace('_', ' ')}: {', '.join(sorted(map(str, keys))[:3])}"
-        )
+    check_loaded(path, report, exact=True)
     if not any(True for _ in factored_layers(model)):
         raise LexigramError(f"{path} holds an ordinary model; open it with transformers")
     if dense:
@@ -75,11 +70,14 @@ def export_dense(path: str | Path, out: str | Path, dtype: torch.dtype | str = "
     """
     if Path(out).exists():
         raise LexigramError(f"{out} exists; name a new folder")
+    path = os.path.expanduser(path)
     model = load(path, dtype=dtype, dense=True)
+    has_tokenizer = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
+    tokenizer = Source(path, path).tokenizer() if has_tokenizer else None  # its errors are not those of writing
     with staged(Path(out)) as folder:
         model.save_pretrained(folder)
-        if not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def open_model(

@@ -6,6 +6,7 @@ weights get a name that only our quantizer asks for, and such a load ends in an 
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from lexigram.errors import LexigramError
 
 _PLAIN = "model"
 _OURS = "lexigram"
+_OUR_WEIGHTS = rf"{_OURS}(-\d{{5}}-of-\d{{5}})?\.safetensors|{_OURS}\.safetensors\.index\.json"
 
 
 def attach_methods(model: PreTrainedModel) -> None:
@@ -64,8 +66,9 @@ def _save_pretrained(
         for file in written:
             os.replace(file, folder / file.name)
         # Shards, or their index, of an earlier save of ours.
-        for file in folder.glob(f"{_OURS}*.safetensors*"):
-            if file.name not in {new.name for new in written}:
+        new = {file.name for file in written}
+        for file in list(folder.iterdir()):
+            if re.fullmatch(_OUR_WEIGHTS, file.name) and file.name not in new:
                 file.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
