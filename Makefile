@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := build/demo
-EVAL   := --text demo --windows 20 --dtype bfloat16
+EVAL   := --text demo --windows 16 --dtype bfloat16
 
 .PHONY: demo test slow format clean
 .DELETE_ON_ERROR:
@@ -19,7 +19,7 @@ test: $(VENV)/installed
 slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
 
-demo: $(DEMO)/dense.json $(DEMO)/svd.json $(DEMO)/cospadi.json
+demo: $(DEMO)/dense.json $(DEMO)/cospadi.json
 	@$(BIN)/lexigram inspect $(DEMO)/cospadi
 	@$(BIN)/lexigram report $^
 	@for model in demo $(DEMO)/cospadi; do \
