@@ -23,8 +23,8 @@ demo: $(DEMO)/dense.json $(DEMO)/cospadi.json
 	@$(BIN)/lexigram inspect $(DEMO)/cospadi
 	@$(BIN)/lexigram report $^
 	@for model in demo $(DEMO)/cospadi; do \
-	  echo "$$model: The capital of France is ..."; \
-	  $(BIN)/lexigram generate $$model "The capital of France is" --tokens 24 --dtype bfloat16; \
+	  echo "$$model, asked for the capital of France:"; \
+	  $(BIN)/lexigram generate $$model "What is the capital of France?" --chat --tokens 24 --dtype bfloat16; \
 	done
 
 $(DEMO)/dense.json: $(VENV)/installed

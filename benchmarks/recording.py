@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     file = ROOT / "results" / f"{name}-{commit}.json"
     file.parent.mkdir(exist_ok=True)
     with file.open("x", encoding="utf-8") as stream:
-        json.dump(record, stream, indent=1)
-        stream.write("\n")
+        # Where data and temporary folders lie is nobody's business.
+        content = json.dumps(record, indent=1).replace(str(DATA), "DATA").replace(str(ROOT), ".")
+        stream.write(content.replace(f"{tempfile.gettempdir()}/", "") + "\n")
     return file
 
 
