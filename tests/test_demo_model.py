@@ -67,6 +67,17 @@ def test_the_dictionary_costs_about_half_of_what_low_rank_costs(figures: dict[st
     assert 0 < cospadi <= 0.55 * svd
 
 
+def test_the_dense_figure_is_that_of_transformers_own_loss(data: Path, figures: dict[str, dict[str, Any]]) -> None:
+    """The same eight windows through `labels=`, which shares no code with ours: a tight check beside the known figure."""
+    source = Source.resolve("demo")
+    model, tokenizer = source.model(dtype=torch.bfloat16), source.tokenizer()
+    text = (data / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[: 8 * 1024]).view(8, 1, 1024)
+    with torch.no_grad():
+        losses = [float(model(input_ids=window, labels=window).loss) for window in ids]
+    assert figures["dense"]["token_perplexity"] == pytest.approx(math.exp(sum(losses) / 8), rel=2e-3)
+
+
 def test_distance_from_the_dense_model(figures: dict[str, dict[str, Any]]) -> None:
     found = figures["cospadi"]
     assert 0 < found["kl"] < 1.5
