@@ -25,10 +25,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the calibration")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--name", default="quality-smollm2-135m")
+    parser.add_argument("--work", type=Path, help="keep models and figures there; a row that lies there is not run again")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+        work = options.work or Path(folder)
         dense = evaluate("demo", work / "dense.json", options.windows, ["--dtype", "bfloat16"])
         rows: list[dict[str, Any]] = []
         for ratio in options.ratios:
@@ -47,7 +48,8 @@ def row(work: Path, method: str, ratio: float, seed: int, windows: int, dense: d
     arguments = ["compress", "demo", "--method", method, "--ratio", str(ratio), "--out", str(out)]
     arguments += ["--calibration", str(DATA / "c4" / "c4.txt"), "--sequences", "64", "--length", "1024"]
     arguments += ["--calibration-seed", str(seed)]
-    lexigram(arguments)
+    if not out.exists():
+        lexigram(arguments)
     run = json.loads((out / "run.json").read_text())
     figures = evaluate(str(out), work / f"{out.name}.json", windows, [])
     return {
@@ -65,9 +67,9 @@ def row(work: Path, method: str, ratio: float, seed: int, windows: int, dense: d
 def evaluate(model: str, file: Path, windows: int, more: list[str]) -> dict[str, Any]:
     """WikiText-2 test at context 1024, the first `windows` windows."""
     text = str(DATA / "wikitext-2-raw" / "wiki.test.raw")
-    lexigram(
-        ["eval", model, "--text", text, "--context", "1024", "--windows", str(windows), "--json", str(file), *more]
-    )
+    arguments = ["eval", model, "--text", text, "--context", "1024", "--windows", str(windows), "--json", str(file)]
+    if not file.exists():
+        lexigram([*arguments, *more])
     return dict(json.loads(file.read_text()))
 
 
