@@ -1,11 +1,13 @@
-"""What all tests share: where the data lies, toy models built on the spot, one thread for what is tiny."""
+"""What all tests share: where the data lies, toy models and tokenizers built on the spot, one thread for what is tiny."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -15,6 +17,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -59,6 +62,41 @@ def build_toy(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> P
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(TOYS[name](), dtype=dtype).eval()
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word `w0` ... `w195`, for the toys' vocabulary of 200."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(196))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def byte_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """One token a byte; special tokens, `</s>` among them, come after the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **options)
+
+
+def toy_folder(folder: Path, name: str) -> Path:
+    """A toy as a model folder that any software could have written."""
+    build_toy(name).save_pretrained(folder)
+    words_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text for `words_tokenizer`: 2000 random words."""
+    numbers = torch.randint(0, 196, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    file = tmp_path_factory.mktemp("words") / "words.txt"
+    file.write_text(" ".join(f"w{number}" for number in numbers))
+    return file
 
 
 @pytest.fixture(params=sorted(TOYS))

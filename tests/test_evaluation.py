@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,21 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from conftest import byte_tokenizer
 from lexigram.calibration.tokens import token_ids
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate, greedy_sentence, perplexity
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXT = "The cat sat on the mat, and the dog looked on from under the table. So it goes."
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; `</s>` comes after the 256 bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
 def tiny_model(seed: int = 0, vocabulary: int = 257) -> LlamaForCausalLM:

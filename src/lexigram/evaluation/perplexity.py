@@ -65,6 +65,19 @@ class _Window:
     end: int
 
 
+@dataclass(frozen=True)
+class _Score:
+    """What a window came to, summed over its scored tokens."""
+
+    tokens: int
+    likelihood: float
+    """The negative log-likelihood in nats."""
+    divergence: float = 0.0
+    """KL(reference || model) in nats."""
+    agreeing: int = 0
+    """Positions where model and reference put the same token first."""
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -101,49 +114,13 @@ def evaluate(
     _check_tokens(ids, model)
     plan = _plan_windows(ids.numel(), context, stride)[:windows]
 
-    likelihoods: list[float] = []  # summed negative log-likelihood by window
-    counts: list[int] = []
-    divergence, agreeing = 0.0, 0
+    scores = []
     for number, window in enumerate(plan):
-        where = f"window {number} (tokens {window.begin} to {window.end - 1})"
-        logits = _logits(model, ids, window)
-        targets = ids[window.scored : window.end].to(logits.device)
-        likelihood = _negative_log_likelihood(logits, targets)
-        if not math.isfinite(likelihood):
-            raise LexigramError(
-                f"the loss in {where} is {likelihood}: the model ({model.dtype}) gives values that are not finite; "
-                "load it in float32 or bfloat16; if it still fails, its weights are broken"
-            )
-        likelihoods.append(likelihood)
-        counts.append(targets.numel())
-        if reference is not None:
-            other = _logits(reference, ids, window)
-            if other.shape != logits.shape:
-                raise LexigramError(
-                    f"the model's vocabulary has {logits.shape[-1]} entries and the reference's {other.shape[-1]}; use "
-                    "the model that this one was made from as the reference"
-                )
-            kl, same = _compare(logits, other)
-            if not math.isfinite(kl):
-                raise LexigramError(
-                    f"KL(reference || model) in {where} is {kl}: the reference ({reference.dtype}) gives values that "
-                    "are not finite, or the model rules out a token that the reference does not; load both in float32"
-                )
-            divergence += kl
-            agreeing += same
+        scores.append(_score(model, reference, ids, window, number))
         if progress is not None:
             progress(number + 1, len(plan))
-
-    decoded = tokenizer.decode(
-        torch.cat([ids[window.scored : window.end] for window in plan]).tolist(),
-        skip_special_tokens=False,
-        clean_up_tokenization_spaces=False,
-    )
-    words, size = len(decoded.split()), len(decoded.encode("utf-8"))
-    if not words:
-        raise LexigramError(
-            f"the scored text, {sum(counts)} tokens, holds no word, only whitespace; give text with words"
-        )
+    words, size = _words_and_bytes(tokenizer, ids, plan)
+    likelihoods, counts = [score.likelihood for score in scores], [score.tokens for score in scores]
     total, tokens = math.fsum(likelihoods), sum(counts)
     return Evaluation(
         token_perplexity=_exp(total / tokens),
@@ -156,8 +133,8 @@ def evaluate(
         context=context,
         stride=stride,
         windows=len(plan),
-        kl=None if reference is None else divergence / tokens,
-        top1_agreement=None if reference is None else agreeing / tokens,
+        kl=None if reference is None else sum(score.divergence for score in scores) / tokens,
+        top1_agreement=None if reference is None else sum(score.agreeing for score in scores) / tokens,
         seconds=time.perf_counter() - began,
     )
 
@@ -240,6 +217,48 @@ def _plan_windows(tokens: int, context: int, stride: int) -> list[_Window]:
         plan.append(_Window(begin, max(begin + 1, reached), end))
         begin, reached = begin + stride, end
     return plan
+
+
+def _score(
+    model: PreTrainedModel, reference: PreTrainedModel | None, ids: torch.Tensor, window: _Window, number: int
+) -> _Score:
+    """Run the window, the plan's `number`th, through the model and, where there is one, the reference."""
+    where = f"window {number} (tokens {window.begin} to {window.end - 1})"
+    logits = _logits(model, ids, window)
+    targets = ids[window.scored : window.end].to(logits.device)
+    likelihood = _negative_log_likelihood(logits, targets)
+    if not math.isfinite(likelihood):
+        raise LexigramError(
+            f"the loss in {where} is {likelihood}: the model ({model.dtype}) gives values that are not finite; "
+            "load it in float32 or bfloat16; if it still fails, its weights are broken"
+        )
+    if reference is None:
+        return _Score(targets.numel(), likelihood)
+    other = _logits(reference, ids, window)
+    if other.shape != logits.shape:
+        raise LexigramError(
+            f"the model's vocabulary has {logits.shape[-1]} entries and the reference's {other.shape[-1]}; use "
+            "the model that this one was made from as the reference"
+        )
+    divergence, agreeing = _compare(logits, other)
+    if not math.isfinite(divergence):
+        raise LexigramError(
+            f"KL(reference || model) in {where} is {divergence}: the reference ({reference.dtype}) gives values that "
+            "are not finite, or the model rules out a token that the reference does not; load both in float32"
+        )
+    return _Score(targets.numel(), likelihood, divergence, agreeing)
+
+
+def _words_and_bytes(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, plan: list[_Window]) -> tuple[int, int]:
+    """Whitespace-separated words and UTF-8 bytes of the scored tokens, decoded in one piece."""
+    scored = torch.cat([ids[window.scored : window.end] for window in plan])
+    decoded = tokenizer.decode(scored.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    words = len(decoded.split())
+    if not words:
+        raise LexigramError(
+            f"the scored text, {scored.numel()} tokens, holds no word, only whitespace; give text with words"
+        )
+    return words, len(decoded.encode("utf-8"))
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor, window: _Window) -> torch.Tensor:
