@@ -1,7 +1,7 @@
 """Bit packing, codecs and the algebra of stored matrices, against oracles that know nothing of them.
 
-The oracles: `numpy.packbits` and a stream of bits in pure Python for packing, torch's own bfloat16 for 16 bits, and for
-fewer bits the neighbours of a value in the complete, sorted list of what can be stored.
+The oracles: `numpy.packbits` and a stream of bits in pure Python for packing, torch's own bfloat16 for 16 bits, for fewer
+bits the neighbours of a value in the complete, sorted list of what can be stored, and for integers all of that list.
 """
 
 import copy
@@ -22,6 +22,8 @@ from lexigram.factors import (
     Dense,
     DenseSpec,
     Factor,
+    Grid,
+    Integer,
     Product,
     ProductSpec,
     Sparse,
@@ -29,6 +31,7 @@ from lexigram.factors import (
     empty,
     encode,
     factor_spec,
+    group_size,
 )
 from lexigram.factors.bits import pack_bits, packed_bytes, unpack_bits
 
@@ -204,6 +207,189 @@ def test_huge_float64_is_refused_and_not_wrapped() -> None:
         Bfloat().encode(torch.tensor([1e300], dtype=torch.float64))
 
 
+# --- integers ----------------------------------------------------------------------------------------------------
+
+INTEGERS = {
+    f"{bits} bits, groups of {group}{', symmetric' if symmetric else ''}": Integer(
+        bits=bits, group=group, symmetric=symmetric
+    )  # type: ignore[arg-type]
+    for bits in (2, 3, 4, 6, 8)
+    for group in (1, 7, 32)
+    for symmetric in (False, True)
+}
+
+every_integer = pytest.mark.parametrize("codec", INTEGERS.values(), ids=INTEGERS)
+
+
+def weights_like(*shape: int, seed: int = 0) -> Tensor:
+    """Normal values with a few large ones."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values * torch.where(values.abs() > 2, 3.0, 1.0) + 0.2
+
+
+def storable(codec: Integer, tensors: dict[str, Tensor], count: int) -> np.ndarray:
+    """Every value that each of the stored ones could have been, (count, 2^bits), from the bytes of scales and zeros."""
+    scales = tensors["scales"].view(torch.bfloat16).double().numpy()
+    zeros = np.full(len(scales), 2 ** (codec.bits - 1))
+    if not codec.symmetric:
+        number = int.from_bytes(tensors["zeros"].numpy().tobytes(), "little")
+        zeros = np.array([number >> (codec.bits * index) & (2**codec.bits - 1) for index in range(len(scales))])
+    group = np.arange(count) // codec.group
+    return scales[group, None] * (np.arange(2**codec.bits) - zeros[group, None])
+
+
+def squared_error(found: Tensor, values: Tensor, importance: Tensor, group: int) -> Tensor:
+    """Of every group."""
+    errors = ((found - values).double().square() * importance).reshape(-1)
+    return torch.stack([part.sum() for part in errors.split(group)])
+
+
+@every_integer
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 32), (5, 13), (2, 3, 7)])
+def test_integers_have_the_promised_tensors_and_are_the_nearest(codec: Integer, shape: tuple[int, ...]) -> None:
+    values = weights_like(*shape)
+    tensors = codec.encode(values)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
+        name: tuple(stored) for name, stored in codec.stored(values.numel()).items()
+    }
+    found = codec.decode(tensors, values.numel(), torch.float32)
+    choices = storable(codec, tensors, values.numel())
+    flat = values.reshape(-1).double().numpy()
+    assert np.isin(found.double().numpy()[:, None] - choices, 0).any(axis=1).all()
+    best = np.abs(choices - flat[:, None]).min(axis=1)
+    assert np.abs(found.double().numpy() - flat) == pytest.approx(best, abs=1e-6)
+    grid = codec.grid(values)
+    assert torch.equal(codec.round(values, grid), found.view(shape))
+
+
+@every_integer
+def test_integers_in_the_same_grid_come_back(codec: Integer) -> None:
+    values = weights_like(9, 11)
+    grid = codec.grid(values)
+    first = codec.encode(values, grid)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        decoded = codec.decode(first, values.numel(), dtype)
+        assert decoded.dtype == dtype
+        assert torch.equal(decoded, codec.decode(first, values.numel(), torch.float32).to(dtype))
+        if dtype != torch.bfloat16 or codec.bits < 8:  # the 8 digits of bfloat16 do not tell all 8-bit integers apart
+            second = codec.encode(decoded.view(9, 11), grid)
+            assert all(torch.equal(first[name], second[name]) for name in first)
+        if dtype != torch.bfloat16:
+            assert torch.equal(codec.round(decoded.view(9, 11), grid), decoded.view(9, 11))
+
+
+@every_integer
+def test_without_clipping_no_error_is_more_than_half_a_step(codec: Integer) -> None:
+    values = weights_like(40, 21)
+    grid = codec.grid(values, clip=False)
+    error = (codec.round(values, grid) - values).abs()
+    # The last step of the span may fall short by what the scale lost when it was rounded, 2^-9 of 2^bits steps; where zero
+    # is rounded to an integer, the span moves by up to half a step.
+    worst = (0.5 if codec.symmetric else 1.0) + 2.0 ** (codec.bits - 9)
+    assert bool((error <= worst * grid.scale.float().abs()).all())  # type: ignore[union-attr]
+
+
+@every_integer
+def test_clipping_lowers_the_weighted_error_of_every_group(codec: Integer) -> None:
+    values = weights_like(40, 32)
+    importance = torch.rand(32, generator=torch.Generator().manual_seed(5)) ** 4
+    plain, clipped, other = (
+        squared_error(codec.round(values, grid), values, importance, codec.group)
+        for grid in (codec.grid(values, clip=False), codec.grid(values, importance), codec.grid(values))
+    )
+    assert bool((clipped <= plain * (1 + 1e-5)).all())
+    assert bool((clipped <= other * (1 + 1e-5)).all())
+    if codec.bits <= 3 and codec.group == 32:
+        assert clipped.sum() < 0.9 * plain.sum()
+        assert clipped.sum() < 0.98 * other.sum()
+    same = codec.grid(values, importance.expand(40, 32))
+    assert all(torch.equal(a, b) for a, b in zip(same, codec.grid(values, importance), strict=True))  # type: ignore[arg-type]
+
+
+def test_a_symmetric_grid_gives_the_farther_end_the_additional_step() -> None:
+    codec = Integer(bits=2, group=4, symmetric=True)
+    for sign in (1.0, -1.0):
+        values = sign * torch.tensor([-2.0, -1.0, 0.0, 1.0])
+        assert torch.equal(codec.decode(codec.encode(values), 4, torch.float32), values)
+
+
+def test_the_grid_of_a_part_is_the_part_of_the_grid() -> None:
+    values = weights_like(6, 8)
+    for codec in (Integer(bits=3, group=4), Bfloat(bits=10)):
+        grid = codec.grid(values)
+        whole = codec.round(values, grid)
+        for index in ((slice(None), 3), (slice(2, 4), 5), 1, values > 0):
+            assert torch.equal(codec.round(values[index], grid.at(index)), whole[index])
+    assert Bfloat().grid(values) == Grid()
+
+
+@every_integer
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.3, 1e-20, -1e30, 1e-45])
+def test_groups_of_one_value_repeated(codec: Integer, value: float) -> None:
+    values = torch.full((5, 20), value)
+    values[0] = 0.0
+    found = codec.decode(codec.encode(values), 100, torch.float32).view(5, 20)
+    assert bool((found[0, : 20 // codec.group * codec.group] == 0).all()), "all zeros stay zeros"
+    assert torch.allclose(found, values, rtol=2.0**-8, atol=1e-40)
+
+
+@every_integer
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_integers_of_values_that_are_not_finite_are_refused(codec: Integer, value: float) -> None:
+    values = torch.ones(40, dtype=torch.float64)
+    grid = codec.grid(values)
+    values[33] = value
+    for attempt in (lambda: codec.grid(values), lambda: codec.encode(values), lambda: codec.encode(values, grid)):
+        with pytest.raises(ValueError, match="not finite"):
+            attempt()
+
+
+def test_the_largest_floats_are_stored_or_refused_but_never_infinite() -> None:
+    largest = torch.finfo(torch.float32).max
+    both_ends = torch.tensor([-largest / 2, largest / 2])
+    for codec in INTEGERS.values():
+        found = codec.decode(codec.encode(both_ends), 2, torch.float32)
+        assert bool(torch.isfinite(found).all())
+    with pytest.raises(ValueError, match="not finite"):
+        Integer(bits=4).encode(torch.tensor([largest]))  # the scale rounds up
+
+
+def test_a_grid_of_other_values_is_refused() -> None:
+    codec, values = Integer(bits=4, group=8), weights_like(4, 8)
+    with pytest.raises(ValueError, match="does not fit 24 values in groups of 8"):
+        codec.encode(values[:3], codec.grid(values))
+    with pytest.raises(ValueError, match="does not fit 32 values"):
+        codec.encode(values, Grid(*(part.T for part in codec.grid(values))))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("codec", [*INTEGERS.values(), Bfloat(), Bfloat(bits=12)], ids=repr)
+def test_the_bits_a_value_are_those_of_many_values(codec: Integer | Bfloat) -> None:
+    count = 7 * 32 * 1000
+    stored = sum(tensor.bytes for tensor in codec.stored(count).values())
+    assert 8 * stored / count == pytest.approx(codec.bits_per_value, rel=1e-4)
+
+
+def test_names_for_tables() -> None:
+    codecs = (Bfloat(), Bfloat(bits=12), Integer(bits=4), Integer(bits=3, group=64, symmetric=True))
+    assert [codec.describe() for codec in codecs] == ["bf16", "12-bit", "int4", "int3"]
+
+
+@pytest.mark.parametrize("bits", CODEC_WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bfloat_rounds_as_it_encodes(bits: int, dtype: torch.dtype) -> None:
+    codec = Bfloat(bits=bits)  # type: ignore[arg-type]
+    values = torch.from_numpy(awkward_floats(bits)).to(dtype).view(2, -1).T
+    values = values[torch.isfinite(values).all(dim=1)]
+    stored = codec.decode(codec.encode(values), values.numel(), dtype).view(values.shape)
+    assert torch.equal(codec.round(values, codec.grid(values)), stored)
+
+
+@quick
+@given(st.integers(1, 5000), st.integers(1, 300))
+def test_the_group_size_is_the_largest_divisor(cols: int, wanted: int) -> None:
+    assert group_size(cols, wanted) == max(size for size in range(1, wanted + 1) if cols % size == 0)
+
+
 # --- the algebra -------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +417,19 @@ def sparse_leaf(rows: int = 5, cols: int = 7, nonzeros: int = 11, bits: int = 16
     return encode(matrix, spec), matrix
 
 
+def integer_leaf(codec: Integer, rows: int = 5, cols: int = 7, nonzeros: int | None = None) -> tuple[Factor, Tensor]:
+    """Values that the codec holds without rounding, in the grid that was chosen for others."""
+    values = weights_like(rows, cols, seed=rows)
+    support = torch.ones(rows, cols, dtype=torch.bool) if nonzeros is None else sparse_matrix(rows, cols, nonzeros) != 0
+    grid = codec.grid(values[support])
+    matrix = torch.zeros(rows, cols).masked_scatter(support, codec.round(values[support], grid))
+    if nonzeros is None:
+        return encode(matrix, DenseSpec(rows=rows, cols=cols, codec=codec), grid), matrix
+    return Sparse.encode(
+        matrix, SparseSpec(rows=rows, cols=cols, nonzeros=nonzeros, codec=codec), support, grid
+    ), matrix
+
+
 def product(left: tuple[Factor, Tensor], right: tuple[Factor, Tensor]) -> tuple[Factor, Tensor]:
     return Product(left[0], right[0]), left[1] @ right[1]
 
@@ -250,6 +449,14 @@ CASES = {
     "low rank": lambda: product(dense_leaf(9, 4), dense_leaf(4, 6)),
     "cospadi": lambda: product(sparse_leaf(9, 4, 18, bits=14), dense_leaf(4, 6)),
     "both sparse": lambda: product(sparse_leaf(9, 4, 18), sparse_leaf(4, 6, 5)),
+    "dense int4": lambda: integer_leaf(Integer(bits=4, group=7)),
+    "dense int3, groups over rows": lambda: integer_leaf(Integer(bits=3, group=4)),
+    "dense int8 symmetric, one group": lambda: integer_leaf(Integer(bits=8, symmetric=True)),
+    "sparse int2": lambda: integer_leaf(Integer(bits=2, group=3), nonzeros=11),
+    "sparse int6, nothing": lambda: integer_leaf(Integer(bits=6), nonzeros=0),
+    "cospadi int4": lambda: product(
+        integer_leaf(Integer(bits=4, group=6), 9, 4, 18), integer_leaf(Integer(bits=4, group=3, symmetric=True), 4, 6)
+    ),
     "nested": lambda: product(sparse_leaf(9, 4, 18), product(dense_leaf(4, 3), sparse_leaf(3, 8, 7, bits=10))),
 }
 
@@ -375,6 +582,16 @@ def test_a_given_support_decides_what_is_stored() -> None:
     assert torch.equal(support, kept), "the caller's support is left alone"
 
 
+def test_a_sparse_grid_must_be_that_of_the_stored_values() -> None:
+    codec, matrix = Integer(bits=4, group=3), sparse_matrix(5, 7, 11)
+    spec = SparseSpec(rows=5, cols=7, nonzeros=11, codec=codec)
+    kept = matrix[matrix != 0]
+    factor = Sparse.encode(matrix, spec, grid=codec.grid(kept, clip=False))
+    assert torch.equal(factor.to_dense()[matrix != 0], codec.round(kept, codec.grid(kept, clip=False)))
+    with pytest.raises(ValueError, match="does not fit 11 values"):
+        Sparse.encode(matrix, spec, grid=codec.grid(matrix))
+
+
 def test_too_many_non_zeros_are_refused() -> None:
     with pytest.raises(ValueError, match="12 non-zeros do not fit"):
         encode(sparse_matrix(5, 5, 12), SparseSpec(rows=5, cols=5, nonzeros=11))
@@ -404,6 +621,10 @@ def test_a_matrix_of_another_shape_or_a_product_is_refused() -> None:
         ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "bfloat", "bits": 13}}, "bits"),
         ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "bfloat", "spare": 1}}, "spare"),
         ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "int3"}}, "name"),
+        ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "integer"}}, "bits"),
+        ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "integer", "bits": 5}}, "bits"),
+        ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "integer", "bits": 4, "group": 0}}, "group"),
+        ({"form": "dense", "rows": 2, "cols": 2, "codec": {"name": "integer", "bits": 4, "zero": 1}}, "zero"),
         (
             {
                 "form": "product",

@@ -1,7 +1,8 @@
 """Packing of fixed-width unsigned integers into bytes, least significant bit first. Knows no matrices.
 
 Integers are handled in the smallest group that fills whole bytes (14-bit values: 4 in 7 bytes), each as one int64:
-two shifts a value instead of one a bit.
+two shifts a value instead of one a bit. Widths that divide a byte stay in bytes throughout: a mask or the integers of a
+weight are as many as the weight's entries, and int64 copies of them would be many times its size.
 """
 
 import math
@@ -32,10 +33,10 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         ValueError: for another width.
     """
     group, group_bytes = _group(bits)
-    if bits == 1:  # a mask has as many entries as the weight: no int64 copy of it
-        flags = torch.nn.functional.pad(values.reshape(-1).to(torch.uint8), (0, -values.numel() % _BYTE))
-        weights = (1 << torch.arange(_BYTE, device=values.device)).to(torch.uint8)
-        return (flags.view(-1, _BYTE) * weights).sum(dim=1, dtype=torch.uint8)
+    if group_bytes == 1:
+        parts = torch.nn.functional.pad(values.reshape(-1).to(torch.uint8), (0, -values.numel() % group))
+        weights = (1 << _places(group, bits, values.device)).to(torch.uint8)
+        return (parts.view(-1, group) * weights).sum(dim=1, dtype=torch.uint8)
     flat = values.reshape(-1).to(torch.int64)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % group))
     words = (flat.view(-1, group) << _places(group, bits, flat.device)).sum(dim=1)
@@ -52,18 +53,19 @@ def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
         bits: as in `pack_bits`.
 
     Returns:
-        (count,), bool where ``bits == 1``, else int32.
+        (count,): bool at 1 bit, uint8 up to 8 bits, else int32.
     """
-    if bits == 1:
-        places = torch.arange(_BYTE, dtype=torch.uint8, device=packed.device)
-        return ((packed.unsqueeze(1) >> places) & 1).reshape(-1)[:count].view(torch.bool)
     group, group_bytes = _group(bits)
+    if group_bytes == 1:
+        places = _places(group, bits, packed.device).to(torch.uint8)
+        parts = ((packed.unsqueeze(1) >> places) & ((1 << bits) - 1)).reshape(-1)[:count]
+        return parts.view(torch.bool) if bits == 1 else parts
     stream = torch.nn.functional.pad(packed, (0, -packed.numel() % group_bytes)).view(-1, group_bytes)
     words = torch.zeros(stream.shape[0], dtype=torch.int64, device=packed.device)
     for byte in range(group_bytes):
         words |= stream[:, byte].to(torch.int64) << (byte * _BYTE)
     values = (words.unsqueeze(1) >> _places(group, bits, packed.device)) & ((1 << bits) - 1)
-    return values.to(torch.int32).reshape(-1)[:count]
+    return values.to(torch.uint8 if bits <= _BYTE else torch.int32).reshape(-1)[:count]
 
 
 def _group(bits: int) -> tuple[int, int]:

@@ -1,16 +1,19 @@
-"""The algebra of stored matrices, as torch modules: leaves `Dense` and `Sparse`, node `Product`.
+"""The algebra of stored matrices, as torch modules: leaves `Dense` and `Sparse`, node `Product`, reference `Shared`.
 
 Each stands for a matrix ``M (rows, cols)``: calling it on ``x (..., cols)`` gives ``x M^T (..., rows)`` in the dtype of
 `x`, `to_dense` gives ``M``, and its parameters are exactly the integer tensors that its spec names. Nothing here fits.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lexigram.factors.bits import pack_bits, unpack_bits
-from lexigram.factors.specs import DenseSpec, ProductSpec, SparseSpec
+from lexigram.factors.codecs import Grid
+from lexigram.factors.specs import DenseSpec, ProductSpec, SharedSpec, SparseSpec
 
 
 class Factor(nn.Module):
@@ -61,9 +64,9 @@ class Dense(_Leaf):
     """Every value stored."""
 
     @classmethod
-    def encode(cls, matrix: Tensor, spec: DenseSpec) -> "Dense":
-        """Round `matrix` (rows, cols) into the stored form."""
-        return cls(spec, spec.codec.encode(matrix))
+    def encode(cls, matrix: Tensor, spec: DenseSpec, grid: Grid | None = None) -> "Dense":
+        """Round `matrix` (rows, cols) into the stored form; `grid`, of that shape, is by default chosen by the codec."""
+        return cls(spec, spec.codec.encode(matrix, grid))
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `Factor.to_dense`."""
@@ -74,7 +77,9 @@ class Sparse(_Leaf):
     """The non-zeros in row-major order, beside a bitmask."""
 
     @classmethod
-    def encode(cls, matrix: Tensor, spec: SparseSpec, support: Tensor | None = None) -> "Sparse":
+    def encode(
+        cls, matrix: Tensor, spec: SparseSpec, support: Tensor | None = None, grid: Grid | None = None
+    ) -> "Sparse":
         """Round `matrix` (rows, cols) into the stored form.
 
         Args:
@@ -82,9 +87,11 @@ class Sparse(_Leaf):
             spec: tells how many entries are stored.
             support: bool (rows, cols) with exactly ``spec.nonzeros`` True; by default the non-zeros of `matrix`, filled up
                 with its first zeros where there are fewer.
+            grid: of the stored values ``matrix[support]``, any shape read in row-major order; by default chosen by the codec.
 
         Raises:
-            ValueError: where `matrix` has more non-zeros than the spec has room for.
+            ValueError: where `matrix` has more non-zeros than the spec has room for, or the grid is not that of as many
+                values.
         """
         matrix = matrix.contiguous()
         support = (matrix != 0) if support is None else support.clone(memory_format=torch.contiguous_format)
@@ -94,7 +101,7 @@ class Sparse(_Leaf):
         if missing:
             empty = (~support.view(-1)).nonzero().squeeze(1)[:missing]
             support.view(-1)[empty] = True
-        return cls(spec, {"mask": pack_bits(support, 1), **spec.codec.encode(matrix[support])})
+        return cls(spec, {"mask": pack_bits(support, 1), **spec.codec.encode(matrix[support], grid)})
 
     def support(self) -> Tensor:
         """Where values are stored: bool (rows, cols)."""
@@ -142,24 +149,64 @@ class Product(Factor):
                 raise ValueError(f"{side}: {error}") from error
 
 
-def empty(spec: DenseSpec | SparseSpec | ProductSpec) -> Factor:
-    """Modules for `spec` with unset tensors on the default device (meta, while a loader builds its skeleton)."""
+class Shared(Factor):
+    """A matrix that another module holds, for several expressions at once.
+
+    The reference is no submodule: the matrix is stored, moved and counted once, by whoever owns it. It is always *called*,
+    because its values may be on a disk until a call brings them in.
+    """
+
+    def __init__(self, spec: SharedSpec, owner: Factor) -> None:
+        super().__init__()
+        if (owner.spec.rows, owner.spec.cols) != (spec.rows, spec.cols):
+            raise ValueError(
+                f"{spec.name} is shared as {spec.rows} x {spec.cols}, but it is {owner.spec.rows} x {owner.spec.cols}"
+            )
+        self.spec = spec
+        self._owner = (owner,)  # a tuple is not registered as a submodule, and deepcopy still follows it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x M^T``."""
+        y: Tensor = self._owner[0](x)
+        return y
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `Factor.to_dense`."""
+        return self._owner[0].to_dense(dtype)
+
+
+def empty(
+    spec: DenseSpec | SparseSpec | SharedSpec | ProductSpec, shared: Mapping[str, Factor] = MappingProxyType({})
+) -> Factor:
+    """Modules for `spec` with unset tensors on the default device (meta, while a loader builds its skeleton).
+
+    Args:
+        spec: the expression.
+        shared: the matrices that it may refer to, by name.
+
+    Raises:
+        ValueError: where it refers to a matrix that `shared` does not have, or has in another shape.
+    """
     if isinstance(spec, ProductSpec):
-        return Product(empty(spec.left), empty(spec.right))
+        return Product(empty(spec.left, shared), empty(spec.right, shared))
+    if isinstance(spec, SharedSpec):
+        if spec.name not in shared:
+            raise ValueError(f"the shared matrix {spec.name} is not described")
+        return Shared(spec, shared[spec.name])
     return _LEAVES[type(spec)](spec, _unset(spec))
 
 
-def encode(matrix: Tensor, spec: DenseSpec | SparseSpec | ProductSpec) -> Factor:
-    """Round `matrix` (rows, cols) into the leaf that `spec` describes.
+def encode(matrix: Tensor, spec: DenseSpec | SparseSpec | SharedSpec | ProductSpec, grid: Grid | None = None) -> Factor:
+    """Round `matrix` (rows, cols) into the leaf that `spec` describes, in the grid of its stored values if one is given.
 
     Raises:
         ValueError: where it does not fit, is not finite, or `spec` is no leaf.
     """
-    if isinstance(spec, ProductSpec):
-        raise ValueError("a matrix is stored in a leaf; encode the two sides of a product by themselves")
+    if isinstance(spec, ProductSpec | SharedSpec):
+        raise ValueError(f"a matrix is stored in a leaf, and {spec.form!r} is none; encode its parts by themselves")
     if tuple(matrix.shape) != (spec.rows, spec.cols):
         raise ValueError(f"a matrix {tuple(matrix.shape)} does not fit a spec of {spec.rows} x {spec.cols}")
-    return _LEAVES[type(spec)].encode(matrix, spec)
+    return _LEAVES[type(spec)].encode(matrix, spec, grid=grid)
 
 
 _LEAVES: dict[type, Any] = {DenseSpec: Dense, SparseSpec: Sparse}

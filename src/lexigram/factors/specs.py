@@ -36,6 +36,10 @@ class _Spec(BaseModel):
         """(path, leaf) of every leaf, left to right; the path of a lone leaf is empty."""
         raise NotImplementedError
 
+    def references(self) -> Iterator[SharedSpec]:
+        """Every reference to a matrix that lies elsewhere."""
+        return iter(())
+
     @property
     def parameters(self) -> int:
         """The papers' size: stored values, with masks, indices and scales not counted."""
@@ -94,6 +98,27 @@ class SparseSpec(_Spec):
         yield "", self
 
 
+class SharedSpec(_Spec):
+    """A matrix that lies elsewhere, under `name`, for several expressions: it stores nothing here."""
+
+    form: Literal["shared"] = "shared"
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    rows: Dimension
+    cols: Dimension
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """Nothing: the matrix is counted where it lies."""
+        return {}
+
+    def leaves(self) -> Iterator[tuple[str, Leaf]]:
+        """None of its own."""
+        return iter(())
+
+    def references(self) -> Iterator[SharedSpec]:
+        """This one."""
+        yield self
+
+
 class ProductSpec(_Spec):
     """`left` times `right`; the inner dimension is the rank or the number of atoms."""
 
@@ -134,10 +159,38 @@ class ProductSpec(_Spec):
             for path, leaf in part.leaves():
                 yield f"{side}.{path}".rstrip("."), leaf
 
+    def references(self) -> Iterator[SharedSpec]:
+        """See `_Spec.references`."""
+        yield from self.left.references()
+        yield from self.right.references()
+
 
 Leaf = DenseSpec | SparseSpec
-FactorSpec = Annotated[DenseSpec | SparseSpec | ProductSpec, Field(discriminator="form")]
+FactorSpec = Annotated[DenseSpec | SparseSpec | SharedSpec | ProductSpec, Field(discriminator="form")]
 ProductSpec.model_rebuild()
 
-factor_spec: TypeAdapter[DenseSpec | SparseSpec | ProductSpec] = TypeAdapter(FactorSpec)
+
+class GroupSpec(BaseModel):
+    """Several matrices that are fitted together, and the leaf that they share, where there is one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    members: tuple[FactorSpec, ...]
+    shared: Annotated[DenseSpec | SparseSpec, Field(discriminator="form")] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of all members, a shared leaf counted once."""
+        return sum(part.bytes for part in self._parts())
+
+    @property
+    def parameters(self) -> int:
+        """The papers' size of the same."""
+        return sum(part.parameters for part in self._parts())
+
+    def _parts(self) -> list[_Spec]:
+        return [*self.members, *([] if self.shared is None else [self.shared])]
+
+
+factor_spec: TypeAdapter[DenseSpec | SparseSpec | SharedSpec | ProductSpec] = TypeAdapter(FactorSpec)
 """Validates plain data (from a checkpoint's JSON) into a spec."""

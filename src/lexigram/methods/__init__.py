@@ -7,12 +7,24 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lexigram.methods.base import Budget, BudgetTooSmallError, FitReport, MethodConfig, fit, layout
+from lexigram.methods.base import (
+    Budget,
+    BudgetTooSmallError,
+    FitReport,
+    Fitted,
+    Member,
+    MethodConfig,
+    fit,
+    fit_group,
+    layout,
+    layout_group,
+)
 from lexigram.methods.cospadi import PRESETS, CospadiConfig
+from lexigram.methods.quantize import QuantizeConfig
 from lexigram.methods.svd import SvdConfig
 
-AnyMethod = Annotated[CospadiConfig | SvdConfig, Field(discriminator="name")]
-METHODS: dict[str, type[MethodConfig]] = {"cospadi": CospadiConfig, "svd": SvdConfig}
+AnyMethod = Annotated[CospadiConfig | QuantizeConfig | SvdConfig, Field(discriminator="name")]
+METHODS: dict[str, type[MethodConfig]] = {"cospadi": CospadiConfig, "quantize": QuantizeConfig, "svd": SvdConfig}
 
 __all__ = [
     "METHODS",
@@ -22,8 +34,13 @@ __all__ = [
     "BudgetTooSmallError",
     "CospadiConfig",
     "FitReport",
+    "Fitted",
+    "Member",
     "MethodConfig",
+    "QuantizeConfig",
     "SvdConfig",
     "fit",
+    "fit_group",
     "layout",
+    "layout_group",
 ]

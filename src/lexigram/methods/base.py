@@ -4,16 +4,20 @@ Both are chosen by the type of the config. They are pure: no files, no globals, 
 method is one file with a config class and these two functions registered for it, and one entry in `lexigram.methods`.
 """
 
+from collections.abc import Sequence
 from functools import singledispatch
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lexigram.factors import Factor, FactorSpec
+from lexigram.factors import DenseSpec, Factor, FactorSpec, GroupSpec, ProductSpec, SharedSpec, SparseSpec
 from lexigram.gram import Gram
 from lexigram.linalg.whitening import Whitening
+
+Leaf = TypeVar("Leaf", DenseSpec, SparseSpec)
+Side = TypeVar("Side", DenseSpec, SharedSpec)
 
 
 class Budget(NamedTuple):
@@ -27,6 +31,8 @@ class MethodConfig(BaseModel):
     """Base of the methods' configs. Frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
 
 
 class FitReport(BaseModel):
@@ -79,6 +85,71 @@ def fit(
     raise NotImplementedError(f"no method is registered for {type(config).__name__}")
 
 
+class Member(NamedTuple):
+    """One of the matrices that are fitted together: its weight (out, in), any float dtype, and its inputs' Gram."""
+
+    weight: Tensor
+    gram: Gram
+
+
+class Fitted(NamedTuple):
+    """Factors and report of every member, in order, and the leaf that the members refer to, where they share one."""
+
+    members: list[tuple[Factor, FitReport]]
+    shared: Factor | None = None
+
+
+def layout_group(config: MethodConfig, shapes: Sequence[tuple[int, int]], budget: Budget, name: str) -> GroupSpec:
+    """The form that `config` gives to matrices of `shapes` (out, in) that stand together within `budget`.
+
+    One matrix gets its own form; several share a leaf called `name`.
+
+    Raises:
+        BudgetTooSmallError: where not even the smallest such form fits.
+        ValueError: where the method shares nothing, or the input widths differ.
+    """
+    if len(shapes) == 1:
+        return GroupSpec(members=(layout(config, shapes[0], budget),))
+    if len({cols for _, cols in shapes}) > 1:
+        raise ValueError(f"matrices of different input widths {[cols for _, cols in shapes]} cannot share a dictionary")
+    return layout_shared(config, shapes, budget, name)
+
+
+def fit_group(config: MethodConfig, members: Sequence[Member], spec: GroupSpec, generator: torch.Generator) -> Fitted:
+    """Values for `spec`, made by `layout_group`, for all members at once.
+
+    Raises:
+        ValueError: for a weight that is not finite.
+    """
+    if spec.shared is None:
+        return Fitted([fit(config, *member, own, generator) for member, own in zip(members, spec.members, strict=True)])
+    return fit_shared(config, members, spec, generator)
+
+
+@singledispatch
+def layout_shared(config: MethodConfig, shapes: Sequence[tuple[int, int]], budget: Budget, name: str) -> GroupSpec:
+    """`layout` for several matrices that share a leaf called `name`, counted once."""
+    raise ValueError(f"the method {config.name} shares nothing between matrices; leave --group and --share out")
+
+
+@singledispatch
+def fit_shared(config: MethodConfig, members: Sequence[Member], spec: GroupSpec, generator: torch.Generator) -> Fitted:
+    """`fit` for several matrices that share a leaf."""
+    raise NotImplementedError(f"no shared fit is registered for {type(config).__name__}")
+
+
+@singledispatch
+def sketch(config: MethodConfig) -> MethodConfig:
+    """A cheap stand-in for `config` whose error at one size against another is that of `config`: by default itself."""
+    return config
+
+
+@singledispatch
+def variants(config: MethodConfig) -> list[MethodConfig]:
+    """The forms among which an allocation may choose for each unit: by default `config` alone."""
+    return [config]
+
+
 class BudgetTooSmallError(ValueError):
     """The smallest factors of this form need more than the budget."""
 
@@ -87,6 +158,14 @@ class BudgetTooSmallError(ValueError):
             f"a budget of {budget.amount} {budget.unit} is too small: the smallest factors of this form need {needed}; "
             "lower the ratio"
         )
+
+
+def factored(spec: FactorSpec, left: type[Leaf], right: type[Side]) -> tuple[Leaf, Side]:
+    """The two sides of a product, which a method knows to be of these forms."""
+    assert isinstance(spec, ProductSpec)
+    assert isinstance(spec.left, left)
+    assert isinstance(spec.right, right)
+    return spec.left, spec.right
 
 
 def size(spec: FactorSpec, unit: Literal["bytes", "parameters"]) -> int:
@@ -98,6 +177,13 @@ def plain_whitening(weight: Tensor) -> Whitening:
     """The identity: errors are those of the weights, as if all inputs were equally strong and uncorrelated."""
     identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
     return Whitening(identity, identity, rank=weight.shape[1], damping=0.0)
+
+
+def pooled(grams: Sequence[Gram]) -> Gram:
+    """The Gram of all inputs together; one and the same Gram several times is that Gram."""
+    if all(gram is grams[0] for gram in grams):
+        return grams[0]
+    return Gram(torch.stack([gram.matrix for gram in grams]).sum(0), sum(gram.tokens for gram in grams))
 
 
 def relative_error(signals: Tensor, factor: Factor, whitening: Whitening) -> float:

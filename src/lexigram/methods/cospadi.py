@@ -7,14 +7,26 @@ brings the dictionary back (the paper's "Gram orthonormalisation").
 
 import math
 import time
-from typing import Literal, TypedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexigram.factors import Bfloat, DenseSpec, Product, ProductSpec, SparseSpec, encode
-from lexigram.factors.bits import packed_bytes
+from lexigram.factors import (
+    DenseSpec,
+    Factor,
+    GroupSpec,
+    Product,
+    ProductSpec,
+    Shared,
+    SharedSpec,
+    SparseSpec,
+    encode,
+)
 from lexigram.gram import Gram
 from lexigram.linalg.dictionary_learning import (
     HTP,
@@ -24,24 +36,40 @@ from lexigram.linalg.dictionary_learning import (
     OMP,
     TOLERANCE,
     Coding,
+    SharedMetrics,
     Start,
+    Threshold,
     Update,
     learn_dictionary,
+    learn_shared_dictionary,
+    refit_shared_dictionary,
+    shared_metrics,
 )
 from lexigram.linalg.dictionary_update import POWER_ITERATIONS, mod
+from lexigram.linalg.htp import confine
+from lexigram.linalg.whitening import Whitening
 from lexigram.methods.base import (
     Budget,
     BudgetTooSmallError,
     FitReport,
+    Fitted,
+    Member,
     MethodConfig,
     checked_weight,
+    factored,
     fit,
+    fit_shared,
     layout,
+    layout_shared,
     plain_whitening,
+    pooled,
     relative_error,
+    sketch,
 )
+from lexigram.methods.storing import ValueBits, codec, store_dense, store_sparse
 
 _RHO_SLACK = 0.03  # how far k/s may move from rho to fill a budget of bytes, besides one step of s
+_REFIT_STEPS = 8  # of conjugate gradients, to fit the codes to a dictionary that was rounded
 
 
 class SolverParts(TypedDict):
@@ -58,18 +86,26 @@ class SolverParts(TypedDict):
 class CospadiConfig(MethodConfig):
     """The parts of the solver and the form. The defaults are the preset `fast`; see `PRESETS`.
 
-    `rho` is k/s. `coefficient_bits` below 16 drops the lowest mantissa bits of every coefficient: 14 is the paper's
-    quantisation, 12 spends the same bytes better (measured: `results/`). `accelerate` extrapolates both factors along their
-    last change. `tolerance` stops when an outer iteration improves the squared error by a smaller share.
+    `rho` is k/s, as long as k stays within the rank of the weight: beyond that the bytes go to s. `value_bits` are those of a
+    coefficient, `dictionary_bits` those of an entry of the dictionary: from 10 to 16 the highest bits of a bfloat16 (14 is the
+    paper's quantisation of coefficients), below that integers in groups of `value_group` with a scale and a zero. `metric` is
+    that of several matrices which share a dictionary: each its own (`exact`), or the mean of them (`mean`, as published).
+    `htp_rounds` and `cg_steps` are by default 1 and 2, and 2 and 4 where metrics differ: shared atoms are more coherent.
+    `mod-exact` solves the dictionary step of two different metrics in closed form, `mod` by a few conjugate gradients.
+    `accelerate` extrapolates both factors along their last change. `tolerance` stops when an outer iteration improves the
+    squared error by a smaller share.
     """
 
     name: Literal["cospadi"] = "cospadi"
-    rho: float = Field(default=2.0, ge=1.0)
-    coefficient_bits: Literal[10, 12, 14, 16] = 12
-    coding: Literal["htp", "omp"] = "htp"
-    htp_rounds: int = Field(default=HTP().rounds, ge=1)
-    cg_steps: int = Field(default=HTP().cg_steps, ge=1)
-    update: Literal["mod", "ksvd", "ksvd-exact"] = "mod"
+    rho: float = Field(default=3.0, ge=1.0)
+    value_bits: ValueBits = 8
+    dictionary_bits: ValueBits = 6
+    value_group: int = Field(default=128, ge=1, le=2**24)
+    metric: Literal["exact", "mean"] = "exact"
+    coding: Literal["htp", "omp", "threshold"] = "htp"
+    htp_rounds: int | None = Field(default=None, ge=1)
+    cg_steps: int | None = Field(default=None, ge=1)
+    update: Literal["mod", "mod-exact", "ksvd", "ksvd-exact"] = "mod"
     power_iterations: int = Field(default=POWER_ITERATIONS, ge=1)
     start: Start = "svd"
     accelerate: bool = True
@@ -81,7 +117,10 @@ class CospadiConfig(MethodConfig):
 PRESETS: dict[str, CospadiConfig] = {
     "fast": CospadiConfig(),
     "published": CospadiConfig(
-        coefficient_bits=14,
+        rho=2.0,
+        value_bits=14,
+        dictionary_bits=16,
+        metric="mean",
         coding="omp",
         update="ksvd",
         start="columns",
@@ -89,91 +128,241 @@ PRESETS: dict[str, CospadiConfig] = {
         iterations=60,
         tolerance=0.0,
     ),
+    "one-shot": CospadiConfig(coding="threshold", accelerate=False, iterations=1),
 }
-"""`published` is the paper's solver (its tolerance is open; 0 runs all 60 iterations), `fast` the one chosen by measurement."""
+"""`published` is the paper's solver (its tolerance is open; 0 runs all 60 iterations), `fast` the one chosen by measurement,
+`one-shot` the start of ROCKET (arXiv 2602.11008): eigenvectors, the most important coefficients, one least-squares solve."""
 
 
 @layout.register
 def _(config: CospadiConfig, shape: tuple[int, int], budget: Budget) -> ProductSpec:
     """For parameters the paper's formula: ``k = K / (in + out / rho)``, ``s = k / rho``, both rounded down, 14-bit
-    coefficients. For bytes the same with the mask's bits counted; then the pair with k/s close to rho that leaves the fewest
+    coefficients. For bytes the same with masks and scales counted; then the pair with k/s close to rho that leaves the fewest
     bytes over.
     """
-    out_features, in_features = shape
-    if budget.unit == "parameters":
-        atom = in_features + out_features / config.rho
-        atoms = int(budget.amount / atom)
-        if atoms < config.rho:
-            raise BudgetTooSmallError(math.ceil(math.ceil(config.rho) * atom), budget)
-        return _spec(shape, atoms, int(atoms / config.rho), 14)
-    bits = config.coefficient_bits
-    most = int(8 * budget.amount / (16 * in_features + out_features + bits * out_features / config.rho))
-    fewest = max(1, int(most * (1 - _RHO_SLACK) - config.rho))
-    best = None
-    for atoms in (most, *range(int(most * (1 + _RHO_SLACK)) + 1, fewest - 1, -1)):
-        left = budget.amount - packed_bytes(atoms * in_features, 16) - packed_bytes(atoms * out_features, 1)
-        wanted = atoms / config.rho
-        sparsity = min(8 * left // (bits * out_features), int((wanted + 1) / (1 - _RHO_SLACK)), atoms)
-        if sparsity < max(1.0, (wanted - 1) / (1 + _RHO_SLACK)):
-            continue
-        spec = _spec(shape, atoms, sparsity, bits)
-        if best is None or spec.bytes > best.bytes:
-            best = spec
-    if best is None:
-        raise BudgetTooSmallError(_spec(shape, 1, 1, bits).bytes, budget)
-    return best
+    (spec,) = _largest(config, [shape], budget).members
+    assert isinstance(spec, ProductSpec)
+    return spec
+
+
+@layout_shared.register
+def _(config: CospadiConfig, shapes: Sequence[tuple[int, int]], budget: Budget, name: str) -> GroupSpec:
+    """As for one matrix with the outputs of all: ``k = K / (in + sum out / rho)``."""
+    return _largest(config, shapes, budget, name)
 
 
 @fit.register
 def _(
     config: CospadiConfig, weight: Tensor, gram: Gram, spec: ProductSpec, generator: torch.Generator
 ) -> tuple[Product, FitReport]:
+    left, right = factored(spec, SparseSpec, DenseSpec)
+    dictionary, ((codes, report),) = _fitted(config, [Member(weight, gram)], [left], right, generator)
+    return Product(codes, dictionary), report
+
+
+@fit_shared.register
+def _(config: CospadiConfig, members: Sequence[Member], spec: GroupSpec, generator: torch.Generator) -> Fitted:
+    assert isinstance(spec.shared, DenseSpec)
+    sides = [factored(member, SparseSpec, SharedSpec) for member in spec.members]
+    dictionary, parts = _fitted(config, members, [left for left, _ in sides], spec.shared, generator)
+    return Fitted(
+        [
+            (Product(codes, Shared(reference, dictionary)), report)
+            for (codes, report), (_, reference) in zip(parts, sides, strict=True)
+        ],
+        dictionary,
+    )
+
+
+@sketch.register
+def _(config: CospadiConfig) -> CospadiConfig:
+    """Two outer iterations: what they leave over the rest is about the same share at every size."""
+    return config.model_copy(update={"iterations": min(2, config.iterations), "tolerance": 0.0})
+
+
+def _fitted(
+    config: CospadiConfig,
+    members: Sequence[Member],
+    lefts: Sequence[SparseSpec],
+    right: DenseSpec,
+    generator: torch.Generator,
+) -> tuple[Factor, list[tuple[Factor, FitReport]]]:
+    """The stored dictionary of all members, and each one's stored coefficients."""
     start = time.perf_counter()
-    weight = checked_weight(weight)
-    whitening = plain_whitening(weight) if config.plain else gram.whitening
-    signals = whitening.whiten(weight)
-    outputs = gram.whitening.whiten(weight) if config.plain else signals
-    assert isinstance(spec.left, SparseSpec)
-    learned = learn_dictionary(
-        signals,
-        atoms=spec.left.cols,
-        sparsity=spec.left.nonzeros // spec.left.rows,
-        generator=generator,
-        **solver(config),
-    )
-    coefficients = encode(learned.codes, spec.left)
-    dictionary, ridge = _refitted(signals, coefficients.to_dense(), learned.dictionary)
-    factors = Product(coefficients, encode(whitening.unwhiten(dictionary), spec.right))
-    scale = float(signals.double().square().sum()) or 1.0
+    weights = [checked_weight(member.weight) for member in members]
+    problem = _Problem.of(config, weights, [member.gram for member in members])
+    learned = problem.learned(config, right.rows, lefts[0].nonzeros // lefts[0].rows, generator)
+    codes, atoms = list(learned.codes), learned.dictionary
+    dictionary: Factor | None = None
+    if right.codec.bits < 16:
+        dictionary = store_dense(atoms, right, problem.gram)
+        atoms = dictionary.to_dense()
+        codes = problem.recoded(codes, atoms)
+    stored = [
+        store_sparse(part, left, problem.atom_gram(block, atoms))
+        for (block, part), left in zip(problem.by_member(codes), lefts, strict=True)
+    ]
+    ridge = learned.ridge
+    if dictionary is None:
+        # The best dictionary for the codes as they were rounded takes up a part of the rounding error's energy.
+        atoms, damped = problem.refitted(problem.by_block([part.to_dense() for part in stored]), atoms)
+        dictionary, ridge = encode(atoms, right), max(ridge, damped)
+    scale = problem.energy or 1.0
     last = learned.stop == "iterations"
-    return factors, FitReport(
-        status="iterations" if last else "converged",
-        message=f"all {config.iterations} outer iterations used; more may still improve it"
-        if last
-        else f"the improvement fell below {config.tolerance:g} a step"
-        if learned.stop == "tolerance"
-        else "the dictionary represents the weight exactly",
-        relative_error=relative_error(outputs, factors, gram.whitening),
-        objective=[value / scale for value in learned.objective],
-        iterations=learned.iterations,
-        seconds=time.perf_counter() - start,
-        gram_rank=gram.whitening.rank,
-        gram_damping=gram.whitening.damping,
-        details={"replaced_atoms": learned.replaced, "ridge": max(learned.ridge, ridge)},
-    )
+    seconds = time.perf_counter() - start
+    return dictionary, [
+        (
+            part,
+            FitReport(
+                status="iterations" if last else "converged",
+                message=f"all {config.iterations} outer iterations used; more may still improve it"
+                if last
+                else f"the improvement fell below {config.tolerance:g} a step"
+                if learned.stop == "tolerance"
+                else "the dictionary represents the weight exactly",
+                relative_error=relative_error(
+                    member.gram.whitening.whiten(weight), Product(part, dictionary), member.gram.whitening
+                ),
+                objective=[value / scale for value in learned.objective],
+                iterations=learned.iterations,
+                seconds=seconds / len(members),
+                gram_rank=member.gram.whitening.rank,
+                gram_damping=member.gram.whitening.damping,
+                details={"replaced_atoms": learned.replaced, "ridge": ridge},
+            ),
+        )
+        for part, weight, member in zip(stored, weights, members, strict=True)
+    ]
 
 
-def _refitted(signals: Tensor, codes: Tensor, dictionary: Tensor) -> tuple[Tensor, float]:
-    """The best dictionary for the codes as they were rounded: it takes up about k/n of the rounding error's energy."""
-    return mod(codes, dictionary, torch.addmm(signals, codes, dictionary, alpha=-1.0))
+class _Learned(NamedTuple):
+    """Codes by block, dictionary (k, in) in the space of the inputs, and how the solver ended."""
+
+    codes: Sequence[Tensor]
+    dictionary: Tensor
+    objective: Sequence[float]
+    iterations: int
+    replaced: int
+    ridge: float
+    stop: str
 
 
-def solver(config: CospadiConfig) -> SolverParts:
-    """The parts that `config` names, as arguments of `learn_dictionary`."""
+@dataclass(frozen=True)
+class _Problem:
+    """Weights that share one dictionary, in blocks of one metric each: a block's weights stand one below the other.
+
+    `signals` are the blocks' ``W L^T``, `members` names each member's block, in order.
+    """
+
+    metrics: tuple[Whitening, ...]
+    signals: tuple[Tensor, ...]
+    members: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: CospadiConfig, weights: Sequence[Tensor], grams: Sequence[Gram]) -> "_Problem":
+        """One block for each different Gram, or a single one in the metric of the pooled Gram (`mean`) or none (`plain`)."""
+        if config.plain:
+            metrics, members = [plain_whitening(weights[0])], [0] * len(weights)
+        elif config.metric == "mean":
+            metrics, members = [pooled(grams).whitening], [0] * len(weights)
+        else:
+            different = list({id(gram): gram for gram in grams}.values())
+            metrics = [gram.whitening for gram in different]
+            members = [next(i for i, other in enumerate(different) if other is gram) for gram in grams]
+        signals = [
+            metric.whiten(torch.cat([w for w, of in zip(weights, members, strict=True) if of == block]))
+            for block, metric in enumerate(metrics)
+        ]
+        return cls(tuple(metrics), tuple(signals), tuple(members), tuple(len(weight) for weight in weights))
+
+    @cached_property
+    def shared(self) -> SharedMetrics:
+        """The common coordinates of several metrics."""
+        return shared_metrics([metric.factor for metric in self.metrics])
+
+    @property
+    def gram(self) -> Tensor:
+        """The sum of the metrics' Grams, (in, in)."""
+        return torch.stack([metric.factor.T @ metric.factor for metric in self.metrics]).sum(0)
+
+    @property
+    def energy(self) -> float:
+        """Squared norm of all signals."""
+        return sum(float(signals.square().sum(dtype=torch.float64)) for signals in self.signals)
+
+    def learned(self, config: CospadiConfig, atoms: int, sparsity: int, generator: torch.Generator) -> _Learned:
+        """Dictionary and codes before any rounding."""
+        if len(self.metrics) > 1:
+            parts = solver(config, metrics=len(self.metrics))
+            many = learn_shared_dictionary(self.signals, self.shared, atoms, sparsity, generator=generator, **parts)
+            return _Learned(
+                many.codes, many.dictionary, many.objective, many.iterations, many.replaced, many.ridge, many.stop
+            )
+        (metric,), (signals,) = self.metrics, self.signals
+        parts = solver(config, metric.inverse)
+        one = learn_dictionary(signals, atoms, sparsity, generator=generator, **parts)
+        dictionary = metric.unwhiten(one.dictionary)
+        return _Learned([one.codes], dictionary, one.objective, one.iterations, one.replaced, one.ridge, one.stop)
+
+    def by_member(self, codes: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        """(block, codes) of every member, in order, from the codes of the blocks."""
+        parts = [
+            iter(part.split([rows for rows, of in zip(self.rows, self.members, strict=True) if of == block]))
+            for block, part in enumerate(codes)
+        ]
+        return [(block, next(parts[block])) for block in self.members]
+
+    def by_block(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `by_member`."""
+        return [
+            torch.cat([part for part, of in zip(codes, self.members, strict=True) if of == block])
+            for block in range(len(self.metrics))
+        ]
+
+    def atom_gram(self, block: int, atoms: Tensor) -> Tensor:
+        """Inner products (k, k) of atoms (k, in) in the metric of a block."""
+        seen = self.metrics[block].whiten(atoms)
+        return seen @ seen.T
+
+    def recoded(self, codes: Sequence[Tensor], atoms: Tensor) -> list[Tensor]:
+        """The codes refitted on their supports to other atoms."""
+        found = []
+        for signals, part, metric in zip(self.signals, codes, self.metrics, strict=True):
+            seen, refit = metric.whiten(atoms), part.clone()
+            gradient = torch.addmm(signals, refit, seen, alpha=-1.0) @ seen.T
+            confine(seen @ seen.T, gradient, refit, (part != 0).to(part.dtype), _REFIT_STEPS)
+            found.append(refit)
+        return found
+
+    def refitted(self, codes: Sequence[Tensor], atoms: Tensor) -> tuple[Tensor, float]:
+        """The best atoms (k, in) for these codes, and the ridge that they needed."""
+        if len(self.metrics) > 1:
+            return refit_shared_dictionary(self.signals, codes, atoms, self.shared)
+        (metric,), (rows,), (part,) = self.metrics, self.signals, codes
+        seen = metric.whiten(atoms)
+        found, ridge = mod(part, seen, torch.addmm(rows, part, seen, alpha=-1.0))
+        return metric.unwhiten(found), ridge
+
+
+def solver(config: CospadiConfig, inverse: Tensor | None = None, *, metrics: int = 1) -> SolverParts:
+    """The parts that `config` names, as arguments of `learn_dictionary`.
+
+    Args:
+        config: names them.
+        inverse: ``L^-1`` of the metric, by which `threshold` weighs the atoms.
+        metrics: how many different ones the dictionary is for.
+    """
+    usual = HTP() if metrics == 1 else HTP(rounds=2, cg_steps=4)
+    coding: Coding = HTP(config.htp_rounds or usual.rounds, config.cg_steps or usual.cg_steps)
+    if config.coding == "omp":
+        coding = OMP()
+    elif config.coding == "threshold":
+        coding = Threshold(inverse=inverse)
     power = config.power_iterations if config.update == "ksvd" else None
     return {
-        "coding": OMP() if config.coding == "omp" else HTP(config.htp_rounds, config.cg_steps),
-        "update": MOD() if config.update == "mod" else KSVD(power),
+        "coding": coding,
+        "update": MOD(exact=config.update == "mod-exact") if config.update.startswith("mod") else KSVD(power),
         "start": config.start,
         "accelerate": config.accelerate,
         "iterations": config.iterations,
@@ -181,8 +370,52 @@ def solver(config: CospadiConfig) -> SolverParts:
     }
 
 
-def _spec(shape: tuple[int, int], atoms: int, sparsity: int, bits: Literal[10, 12, 14, 16]) -> ProductSpec:
-    return ProductSpec(
-        left=SparseSpec(rows=shape[0], cols=atoms, nonzeros=sparsity * shape[0], codec=Bfloat(bits=bits)),
-        right=DenseSpec(rows=atoms, cols=shape[1]),
+def _largest(
+    config: CospadiConfig, shapes: Sequence[tuple[int, int]], budget: Budget, name: str | None = None
+) -> GroupSpec:
+    rows, cols = sum(rows for rows, _ in shapes), shapes[0][1]
+    if budget.unit == "parameters":
+        atom = cols + rows / config.rho
+        atoms = int(budget.amount / atom)
+        if atoms < config.rho:
+            raise BudgetTooSmallError(math.ceil(math.ceil(config.rho) * atom), budget)
+        config = config.model_copy(update={"value_bits": 14, "dictionary_bits": 16})
+        return _spec(config, shapes, atoms, int(atoms / config.rho), name)
+    value = codec(config.value_bits, config.value_group).bits_per_value
+    entry = codec(config.dictionary_bits, config.value_group, cols).bits_per_value
+    rank = min(rows, cols)
+    most = int(8 * budget.amount / (entry * cols + rows + value * rows / config.rho))
+    beyond, most = most > rank, min(most, rank)
+    fewest = max(1, int(most * (1 - _RHO_SLACK) - config.rho))
+    best = None
+    for atoms in (most, *range(min(rank, int(most * (1 + _RHO_SLACK)) + 1), fewest - 1, -1)):
+        if atoms < 1:
+            continue
+        left = budget.amount - _spec(config, shapes, atoms, 0, name).bytes
+        wanted = atoms / config.rho
+        highest = atoms if beyond else min(atoms, int((wanted + 1) / (1 - _RHO_SLACK)))
+        least = max(1, math.ceil((wanted - 1) / (1 + _RHO_SLACK)))
+        sparsity = min(int(8 * left / (value * rows)), highest)
+        while sparsity >= least and _spec(config, shapes, atoms, sparsity, name).bytes > budget.amount:
+            sparsity -= 1  # a scale or a padded byte more than the average says
+        spec = _spec(config, shapes, atoms, max(sparsity, least), name)
+        if spec.bytes <= budget.amount and (best is None or spec.bytes > best.bytes):
+            best = spec
+        if beyond and best is not None:
+            break  # as many atoms as are of use, and the rest for s
+    if best is None:
+        raise BudgetTooSmallError(_spec(config, shapes, 1, 1, name).bytes, budget)
+    return best
+
+
+def _spec(
+    config: CospadiConfig, shapes: Sequence[tuple[int, int]], atoms: int, sparsity: int, name: str | None
+) -> GroupSpec:
+    cols = shapes[0][1]
+    values = codec(config.value_bits, config.value_group)
+    shared = DenseSpec(rows=atoms, cols=cols, codec=codec(config.dictionary_bits, config.value_group, cols))
+    right = SharedSpec(name=name, rows=atoms, cols=cols) if name else shared
+    lefts = [SparseSpec(rows=rows, cols=atoms, nonzeros=sparsity * rows, codec=values) for rows, _ in shapes]
+    return GroupSpec(
+        members=tuple(ProductSpec(left=left, right=right) for left in lefts), shared=shared if name else None
     )

@@ -1,0 +1,103 @@
+"""Quantisation alone: every value of the weight as an integer of few bits, a scale and a zero a group of inputs.
+
+`gptq` rounds column after column and lets the columns to come make up for the error in the metric of the Gram (Frantar et
+al., arXiv 2210.17323; see `storing` for how we differ). `nearest` rounds every value by itself.
+"""
+
+import time
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lexigram.factors import Dense, DenseSpec, Integer, group_size
+from lexigram.gram import Gram
+from lexigram.linalg.rounding import DAMPING
+from lexigram.methods.base import (
+    Budget,
+    BudgetTooSmallError,
+    FitReport,
+    MethodConfig,
+    checked_weight,
+    fit,
+    layout,
+    relative_error,
+    size,
+    variants,
+)
+from lexigram.methods.storing import store_dense
+
+QuantizedBits = Literal[2, 3, 4, 6, 8, 16]
+_WIDTHS: tuple[QuantizedBits, ...] = (16, 8, 6, 4, 3, 2)
+
+
+class QuantizeConfig(MethodConfig):
+    """Integers of `value_bits` bits with one scale, and one zero unless `symmetric`, a `value_group` of inputs of an output.
+
+    Without `value_bits` it is the most bits that the budget allows; 16 keeps bfloat16. A group is the largest divisor of the
+    inputs that is not above `value_group`. `order` is that of the columns for `gptq`:
+    `activation` takes those with the strongest inputs first. `clip` searches for each group how much of its range is worth
+    representing, errors weighted by the strength of the inputs. `damping` is the share of the Gram's mean diagonal
+    that is added to the diagonal.
+    """
+
+    name: Literal["quantize"] = "quantize"
+    value_bits: QuantizedBits | None = None
+    value_group: int = Field(default=128, ge=1, le=2**24)
+    symmetric: bool = False
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    order: Literal["activation", "natural"] = "activation"
+    clip: bool = True
+    damping: float = Field(default=DAMPING, ge=0)
+
+
+@layout.register
+def _(config: QuantizeConfig, shape: tuple[int, int], budget: Budget) -> DenseSpec:
+    """The sizes come in steps: the bits alone decide them."""
+    widths = _WIDTHS if config.value_bits is None else (config.value_bits,)
+    for bits in widths:
+        spec = _spec(config, shape, bits)
+        if size(spec, budget.unit) <= budget.amount:
+            return spec
+    raise BudgetTooSmallError(size(spec, budget.unit), budget)
+
+
+@variants.register
+def _(config: QuantizeConfig) -> list[MethodConfig]:
+    """One for each number of bits."""
+    if config.value_bits is not None:
+        return [config]
+    return [config.model_copy(update={"value_bits": bits}) for bits in _WIDTHS if bits < 16]
+
+
+@fit.register
+def _(
+    config: QuantizeConfig, weight: Tensor, gram: Gram, spec: DenseSpec, generator: torch.Generator
+) -> tuple[Dense, FitReport]:
+    start = time.perf_counter()
+    weight = checked_weight(weight)
+    carry = config.rounding == "gptq"
+    factors = store_dense(
+        weight, spec, gram.matrix, carry=carry, order=config.order, clip=config.clip, damping=config.damping
+    )
+    error = relative_error(gram.whitening.whiten(weight), factors, gram.whitening)
+    return factors, FitReport(
+        status="converged",
+        message=f"{spec.codec.bits} bits, {f'errors carried in {config.order} order' if carry else 'rounded to nearest'}",
+        relative_error=error,
+        objective=[error**2],  # rounding is the whole of the method: there is no error before it
+        iterations=1,
+        seconds=time.perf_counter() - start,
+        gram_rank=gram.whitening.rank,
+        gram_damping=gram.whitening.damping,
+        details={"damping": config.damping} if carry else {},
+    )
+
+
+def _spec(config: QuantizeConfig, shape: tuple[int, int], bits: QuantizedBits) -> DenseSpec:
+    rows, cols = shape
+    if bits == 16:
+        return DenseSpec(rows=rows, cols=cols)
+    codec = Integer(bits=bits, group=group_size(cols, config.value_group), symmetric=config.symmetric)
+    return DenseSpec(rows=rows, cols=cols, codec=codec)
