@@ -7,9 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lexigram.linalg.dictionary_learning import HTP, KSVD, MOD, OMP, Coding, Start, Update, learn_dictionary
+from lexigram.linalg.dictionary_learning import (
+    HTP,
+    KSVD,
+    MOD,
+    OMP,
+    Coding,
+    Start,
+    Threshold,
+    Update,
+    learn_dictionary,
+)
 from lexigram.linalg.dictionary_update import ksvd, mod
 from lexigram.linalg.selection import keep_largest
+from lexigram.linalg.whitening import whiten
 
 CODINGS: list[Coding] = [OMP(), OMP(batch=5), HTP(), HTP(rounds=3, cg_steps=1)]
 UPDATES: list[Update] = [MOD(), KSVD(), KSVD(power_iterations=1), KSVD(power_iterations=None)]
@@ -134,6 +145,29 @@ def test_planted_dictionary_is_recovered(coding: Coding, update: Update) -> None
     )
     likeness = (truth @ result.dictionary.T).abs().amax(1)
     assert (likeness > 0.95).sum() >= 17  # alternation may leave a few atoms merged
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(30, 12, 8), (6, 20, 5)])  # the second: fewer signals than inputs
+def test_one_shot_equals_brute_force(balance: float, shape: tuple[int, int, int]) -> None:
+    n, size, atoms = shape
+    inputs = torch.randn(50, size, generator=generator(1), dtype=torch.float64) * torch.logspace(0, -2, size)
+    metric = whiten(inputs.T @ inputs)
+    y = metric.whiten(torch.randn(n, size, generator=generator(2)))
+    result = learn_dictionary(y, atoms, 3, coding=Threshold(balance, metric.inverse), iterations=1)
+
+    basis = torch.linalg.svd(y.double(), full_matrices=False)[2][:atoms]
+    codes = y.double() @ basis.T
+    for row in codes:
+        size_of = [
+            float(abs(c) ** (1 - balance) * (abs(c) * (metric.inverse @ b).norm()) ** balance)
+            for c, b in zip(row, basis, strict=True)
+        ]
+        row[sorted(range(atoms), key=size_of.__getitem__)[:-3]] = 0
+    expected = codes @ torch.from_numpy(np.linalg.lstsq(codes.numpy(), y.double().numpy(), rcond=None)[0])
+    torch.testing.assert_close((result.codes @ result.dictionary).double(), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal((result.codes != 0).sum(0), (codes != 0).sum(0))
+    assert result.objective[0] == pytest.approx(squares(y - expected), rel=1e-3)
 
 
 def test_same_seed_same_bits() -> None:

@@ -18,18 +18,31 @@ def mod(codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, fl
     without a code stay what they are.
     """
     normal = codes.T @ codes
+    lower, scale, ridge = factored(normal, resolution(normal))
+    right = (codes.T @ residual) / scale[:, None]
+    return dictionary + torch.cholesky_solve(right, lower) / scale[:, None], ridge
+
+
+def factored(normal: Tensor, limit: float) -> tuple[Tensor, Tensor, float]:
+    """Lower Cholesky factor of ``normal (k, k)`` scaled to a diagonal of ones, the scale ``(k,)``, and the ridge.
+
+    The ridge, a share of the scaled diagonal, is the least of a few that keeps every pivot above ``limit``. An atom whose
+    row and column are zero is given the scale 1 and a diagonal of its own.
+    """
     scale = normal.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     normal = normal / scale[:, None] / scale
-    right = (codes.T @ residual) / scale[:, None]
-    # A pivot below this is rounding, even where Cholesky finds it positive.
-    resolution = normal.shape[0] * torch.finfo(codes.dtype).eps
-    for ridge in (0.0, 10 * resolution, 1e-2, 1.0):
+    for ridge in (0.0, 10 * limit, 1e-2, 1.0):
         normal.diagonal().fill_(1.0 + ridge)
         lower, failed = torch.linalg.cholesky_ex(normal)
-        if not failed and lower.diagonal().square().min() > resolution:
+        if not failed and lower.diagonal().square().min() > limit:
             break
-    return dictionary + torch.cholesky_solve(right, lower) / scale[:, None], ridge
+    return lower, scale, ridge
+
+
+def resolution(normal: Tensor) -> float:
+    """A pivot below this, in a matrix with a diagonal of ones, is rounding even where Cholesky finds it positive."""
+    return normal.shape[0] * torch.finfo(normal.dtype).eps
 
 
 def ksvd(

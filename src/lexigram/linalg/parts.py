@@ -3,9 +3,9 @@
 They hold their settings and nothing else; `lexigram.linalg.dictionary_learning` runs them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from torch import Tensor
 from lexigram.linalg.dictionary_update import POWER_ITERATIONS, ksvd, mod
 from lexigram.linalg.htp import CG_STEPS, ROUNDS, htp
 from lexigram.linalg.omp import BATCH, omp
+from lexigram.linalg.selection import largest_indicator
+from lexigram.linalg.shared_metrics import SharedMetrics
+from lexigram.linalg.shared_update import CG_STEPS as SHARED_CG_STEPS
+from lexigram.linalg.shared_update import CG_TOLERANCE, shared_mod, shared_mod_exact
 from lexigram.linalg.svd import truncated_svd
 
 Start = Literal["columns", "svd"]
@@ -36,6 +40,17 @@ class Update(Protocol):
 
     def __call__(self, codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, float]:
         """New codes (same supports), dictionary, and the ridge that a singular problem needed (0.0 where none)."""
+        ...
+
+
+@runtime_checkable
+class SharedUpdate(Protocol):
+    """An update that several members with different metrics can share."""
+
+    def shared(
+        self, codes: Sequence[Tensor], dictionary: Tensor, residuals: Sequence[Tensor], metrics: SharedMetrics
+    ) -> tuple[Tensor, float]:
+        """The dictionary, in the coordinates of the metrics, and the ridge; must not raise the sum of the errors."""
         ...
 
 
@@ -68,6 +83,31 @@ class HTP:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """Hard thresholding of the plain coefficients ``Y D^T``: the one-shot coder of ROCKET (arXiv 2602.11008).
+
+    Meant for one iteration from orthonormal atoms (``start="svd"``), whose least-squares codes these coefficients are. A
+    row keeps its ``s`` largest by ``|c|^(1-l) (|c| ||L^-1 b||)^l``, with `balance` ``l`` between the size in the metric and
+    the size in the space of the weights, where ``inverse`` ``L^-1 (in, d)`` takes an atom ``b``; without it both agree.
+    """
+
+    balance: float = 0.5
+    inverse: Tensor | None = None
+
+    def __call__(
+        self, signals: Tensor, dictionary: Tensor, codes: Tensor, residual: Tensor, sparsity: int, step: float
+    ) -> Tensor:
+        """See `Coding`."""
+        found = signals @ dictionary.T
+        importance = found.abs()
+        if self.inverse is not None:
+            # In the inverse's own precision: it stretches the weakest directions most.
+            sizes = (dictionary.to(self.inverse.dtype) @ self.inverse.T).norm(dim=1)
+            importance *= (sizes / sizes.max()).pow(self.balance).to(importance.dtype)
+        return found.mul_(largest_indicator(importance, sparsity))
+
+
+@dataclass(frozen=True)
 class KSVD:
     """Atom after atom; ``power_iterations=None`` takes exact rank-1 fits."""
 
@@ -81,11 +121,28 @@ class KSVD:
 
 @dataclass(frozen=True)
 class MOD:
-    """All atoms by one least-squares solve."""
+    """All atoms by one least-squares solve.
+
+    For several metrics by conjugate gradients, to `cg_tolerance` or in at most `cg_steps`, or for two metrics, where
+    `exact`, by simultaneous diagonalisation.
+    """
+
+    cg_tolerance: float = CG_TOLERANCE
+    cg_steps: int = SHARED_CG_STEPS
+    exact: bool = False
 
     def __call__(self, codes: Tensor, dictionary: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, float]:
         """See `Update`."""
         return codes, *mod(codes, dictionary, residual)
+
+    def shared(
+        self, codes: Sequence[Tensor], dictionary: Tensor, residuals: Sequence[Tensor], metrics: SharedMetrics
+    ) -> tuple[Tensor, float]:
+        """See `SharedUpdate`."""
+        if self.exact and len(metrics) == 2:
+            return shared_mod_exact(codes, dictionary, residuals, metrics)
+        found = shared_mod(codes, dictionary, residuals, metrics, tolerance=self.cg_tolerance, max_steps=self.cg_steps)
+        return found, 0.0
 
 
 def start_columns(signals: Tensor, atoms: int, generator: torch.Generator | None) -> Tensor:
