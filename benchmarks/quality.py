@@ -1,8 +1,9 @@
-"""Perplexity of `demo` after compression: dense, svd and cospadi at several ratios and seeds, at equal stored bytes.
+"""Perplexity of `demo` after compression: dense and several ways of compressing, ratios and seeds, at equal stored bytes.
 
 Each row is one `lexigram compress` and one `lexigram eval`; the exact commands are in the result. Run from anywhere:
 
     python benchmarks/quality.py --ratios 0.2 0.4 --seeds 0 1 --windows 40
+    python benchmarks/quality.py --rows "paper bits" "paper bits, mean groups" "paper bits, exact groups" --ratios 0.3
 """
 
 import argparse
@@ -17,15 +18,50 @@ from typing import Any
 from recording import DATA, write
 
 
+PAPER = ["--rho", "2", "--value-bits", "14", "--dictionary-bits", "16"]
+"""The form of the CoSpaDi paper, from `fast`'s solver."""
+
+ROWS: dict[str, list[str]] = {
+    "svd": ["--method", "svd"],
+    "svd, groups": ["--method", "svd", "--group", "2"],
+    "svd, int8": ["--method", "svd", "--value-bits", "8"],
+    "cospadi": [],
+    "paper bits": PAPER,
+    "paper bits, one-shot": [*PAPER, "--preset", "one-shot"],
+    "paper bits, mean groups": [*PAPER, "--group", "2", "--metric", "mean"],
+    "paper bits, exact groups": [*PAPER, "--group", "2"],
+    "paper bits, site groups": [*PAPER, "--share", "site"],
+    "paper bits, matched pairs": [*PAPER, "--share", "matched"],
+    "paper bits, knapsack": [*PAPER, "--allocation", "knapsack"],
+    "paper bits, knapsack, relative": [*PAPER, "--allocation", "knapsack", "--measure", "relative"],
+    "paper bits, knapsack, absolute": [*PAPER, "--allocation", "knapsack", "--measure", "absolute"],
+    "paper bits, sequential": [*PAPER, "--sequential"],
+    "paper bits, knapsack, sequential": [*PAPER, "--allocation", "knapsack", "--sequential"],
+    "matched pairs, knapsack": [*PAPER, "--share", "matched", "--allocation", "knapsack"],
+    "int8 values": [*PAPER, "--value-bits", "8"],
+    "int4 values": [*PAPER, "--value-bits", "4"],
+    "cospadi, knapsack": ["--allocation", "knapsack"],
+    "quantize int8": ["--method", "quantize", "--value-bits", "8"],
+    "quantize int4": ["--method", "quantize", "--value-bits", "4"],
+    "quantize int3": ["--method", "quantize", "--value-bits", "3"],
+    "quantize int2": ["--method", "quantize", "--value-bits", "2"],
+    "nearest int4": ["--method", "quantize", "--value-bits", "4", "--rounding", "nearest"],
+    "nearest int3": ["--method", "quantize", "--value-bits", "3", "--rounding", "nearest"],
+}
+"""What distinguishes the rows; `quantize` has its own bytes whatever the ratio."""
+
+
 def main() -> None:
     """Run all rows, then print and record them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4])
-    parser.add_argument("--methods", nargs="+", default=["svd", "cospadi"])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["svd", "cospadi"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the calibration")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--name", default="quality-smollm2-135m")
-    parser.add_argument("--work", type=Path, help="keep models and figures there; a row that lies there is not run again")
+    parser.add_argument(
+        "--work", type=Path, help="keep models and figures there; a row that lies there is not run again"
+    )
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -34,18 +70,28 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for ratio in options.ratios:
             for seed in options.seeds:
-                for method in options.methods:
-                    rows.append(row(work, method, ratio, seed, options.windows, dense))
+                for name in options.rows:
+                    rows.append(row(work, name, ratio, seed, options.windows, dense))
                     print(json.dumps({key: value for key, value in rows[-1].items() if key != "commands"}), flush=True)
     file = write(options.name, {"dense": dense, "rows": rows, "shares": shares(rows)})
     print(json.dumps(shares(rows), indent=1))
     print(file)
 
 
-def row(work: Path, method: str, ratio: float, seed: int, windows: int, dense: dict[str, Any]) -> dict[str, Any]:
+def row(work: Path, name: str, ratio: float, seed: int, windows: int, dense: dict[str, Any]) -> dict[str, Any]:
     """Compress and evaluate once."""
-    out = work / f"{method}-{ratio}-{seed}"
-    arguments = ["compress", "demo", "--method", method, "--ratio", str(ratio), "--out", str(out)]
+    out = work / f"{name.replace(', ', '-').replace(' ', '_')}-{ratio}-{seed}"
+    arguments = [
+        "compress",
+        "demo",
+        *ROWS[name],
+        "--ratio",
+        str(ratio),
+        "--out",
+        str(out),
+        "--cache",
+        str(work / "cache"),
+    ]
     arguments += ["--calibration", str(DATA / "c4" / "c4.txt"), "--sequences", "64", "--length", "1024"]
     arguments += ["--calibration-seed", str(seed)]
     if not out.exists():
@@ -53,10 +99,11 @@ def row(work: Path, method: str, ratio: float, seed: int, windows: int, dense: d
     run = json.loads((out / "run.json").read_text())
     figures = evaluate(str(out), work / f"{out.name}.json", windows, [])
     return {
-        "method": method,
+        "row": name,
         "requested_ratio": ratio,
         "calibration_seed": seed,
-        **{key: run[key] for key in ("ratio", "bytes_before", "bytes_after", "model_bytes_after", "seconds")},
+        **{key: run[key] for key in ("ratio", "bits_per_weight", "bytes_before", "bytes_after", "seconds")},
+        "model_bytes_after": run["model_bytes_after"],
         **{key: run[key] for key in ("peak_memory_bytes", "mean_relative_error", "calibration_sha256", "stages")},
         **{key: figures[key] for key in ("token_perplexity", "word_perplexity", "standard_error", "tokens")},
         "log_perplexity_above_dense": math.log(figures["token_perplexity"] / dense["token_perplexity"]),
@@ -78,17 +125,17 @@ def shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     svd = {
         (row["requested_ratio"], row["calibration_seed"]): row["log_perplexity_above_dense"]
         for row in rows
-        if row["method"] == "svd"
+        if row["row"] == "svd"
     }
     return [
         {
-            "method": row["method"],
+            "row": row["row"],
             "ratio": row["requested_ratio"],
             "calibration_seed": row["calibration_seed"],
             "cost_over_svd": row["log_perplexity_above_dense"] / svd[row["requested_ratio"], row["calibration_seed"]],
         }
         for row in rows
-        if row["method"] != "svd" and (row["requested_ratio"], row["calibration_seed"]) in svd
+        if row["row"] != "svd" and (row["requested_ratio"], row["calibration_seed"]) in svd
     ]
 
 

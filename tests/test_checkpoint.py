@@ -40,7 +40,7 @@ from lexigram.transformers_io import (
 
 METHODS: dict[str, MethodConfig] = {
     "cospadi": CospadiConfig(iterations=1),
-    "cospadi 16": CospadiConfig(iterations=1, coefficient_bits=16),
+    "cospadi 16": CospadiConfig(iterations=1, value_bits=16),
     "svd": SvdConfig(),
 }
 IDS = torch.arange(3, 33).view(2, 15)

@@ -1,23 +1,17 @@
 """The command line: one command a stage, no logic. Every option ends in a field of a recipe or an argument of the API."""
 
-import json
-import math
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import torch
 import transformers
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lexigram import report
 from lexigram.calibration.text import read_texts
@@ -25,10 +19,12 @@ from lexigram.calibration.tokens import token_ids
 from lexigram.devices import resolve_device
 from lexigram.errors import LexigramError
 from lexigram.evaluation import evaluate, greedy_sentence
-from lexigram.methods import METHODS, PRESETS, CospadiConfig
+from lexigram.jsonfiles import check_writable, read_json, write_json
+from lexigram.methods import METHODS, PRESETS, CospadiConfig, QuantizeConfig
 from lexigram.pipeline import compress as run_compress
 from lexigram.planning import plan as make_plan
-from lexigram.recipe import Recipe, explain
+from lexigram.progress import drawing
+from lexigram.recipe import KNAPSACK, UNIFORM, Recipe, explain, merge
 from lexigram.records import RunRecord, versions
 from lexigram.staging import RUN_FILE, check_target
 from lexigram.transformers_io import export_dense, open_model
@@ -68,13 +64,15 @@ class DtypeName(str, Enum):
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or `demo`.")
 ]
-_BUDGET, _TEXT, _SOLVER, _MACHINE = "What and how much", "Calibration", "Solver of cospadi", "Machine and output"
-_FAST = PRESETS["fast"]
+_BUDGET, _TEXT, _MACHINE = "What and how much", "Calibration", "Machine and output"
+_FORM, _SOLVER = "Form", "Solver of cospadi"
+_FAST, _RECIPE = PRESETS["fast"], Recipe.model_fields
 
 Preset = Annotated[
     PresetName | None,
     typer.Option(
-        help="`fast`, or `published`: the paper's own (hours on a real model). [default: fast]",
+        metavar="|".join(PRESETS),
+        help="`published` is the paper's own (hours on a real model). [default: fast]",
         rich_help_panel=_SOLVER,
     ),
 ]
@@ -113,42 +111,13 @@ RecipeFile = Annotated[
 ]
 
 
-def _choices(field: str) -> str:
-    """What a field of cospadi's config may be, as a metavar."""
-    return "|".join(map(str, get_args(CospadiConfig.model_fields[field].annotation)))
+def _choices(field: str, config: type[BaseModel] = CospadiConfig) -> str:
+    """What a field of a config may be, as a metavar."""
+    return "|".join(map(str, get_args(config.model_fields[field].annotation)))
 
 
 def _examples(*lines: str) -> str:
     return "**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in lines)
-
-
-def _recipe(
-    model: str, file: Path | None, preset: Any, method: dict[str, Any], calibration: dict[str, Any], **top: Any
-) -> Recipe:
-    """Options over recipe file over defaults; a preset is an option that sets the whole method.
-
-    A seed is an option for the method and for the calibration, unless that is given its own.
-    """
-    content = Recipe.read(file) if file else {}
-    if calibration.get("seed") is None:
-        calibration = {**calibration, "seed": top.get("seed")}
-    given = {key: value for key, value in method.items() if value is not None}
-    base = PRESETS[preset.value].model_dump() if preset else {}
-    old = base or content.get("method") or {}
-    if given.get("name", old.get("name")) != old.get("name"):
-        old = {}  # options of another method do not carry over
-    name = given.get("name", old.get("name", "cospadi"))
-    if base and name != base["name"]:
-        raise LexigramError(
-            f"--preset {preset.value} is a solver of {base['name']}; leave it out for the method {name}"
-        )
-    content["method"] = {"name": "cospadi", **old, **given}
-    content["calibration"] = {
-        **(content.get("calibration") or {}),
-        **{key: value for key, value in calibration.items() if value is not None},
-    }
-    content |= {"model": model, **{key: value for key, value in top.items() if value is not None}}
-    return Recipe.parse(content, str(file) if file else "the settings")
 
 
 def _version(wanted: bool) -> None:
@@ -171,6 +140,8 @@ def _options(
         "lexigram compress demo --out smaller --calibration demo",
         "lexigram compress Qwen/Qwen3-0.6B --out smaller --ratio 0.3 --calibration c4.jsonl",
         "lexigram compress ./model --out low-rank --method svd --ratio 0.2 --calibration text.txt",
+        "lexigram compress ./model --out four-bits --method quantize --value-bits 4 --calibration text.txt",
+        "lexigram compress ./model --out spent --ratio 0.5 --allocation knapsack --cache kept --calibration text.txt",
     )
 )
 def compress(
@@ -211,7 +182,87 @@ def compress(
             rich_help_panel=_BUDGET,
         ),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"{UNIFORM}|{KNAPSACK}|FILE",
+            help="How the bytes are spent over the layers; FILE is the allocation.json of an earlier result. "
+            f"[default: {UNIFORM}]",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_choices("measure", Recipe),
+            help=f"What the knapsack counts as the cost of an error. [default: {_RECIPE['measure'].default}]",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    value_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar=_choices("value_bits"),
+            help="Stored bits of a value: of a coefficient, a low-rank factor or a quantised weight. "
+            f"[default: {_FAST.value_bits} for cospadi, 16 for svd, as the ratio allows for quantize]",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
+    dictionary_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar=_choices("dictionary_bits"),
+            help=f"Stored bits of a dictionary's entry. [default: {_FAST.dictionary_bits}]",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_choices("share", Recipe),
+            help="Which matrices share a dictionary: `consecutive` layers', `matched` pairs of any kinds, or those on one "
+            "input `site` (q, k, v; gate, up). [default: none]",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(
+            help="How many consecutive layers share; implies `--share consecutive`. [default: 2]", rich_help_panel=_FORM
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_choices("metric"),
+            help="Of a shared dictionary: every layer its own, or the mean, as published. [default: exact]",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_choices("rounding", QuantizeConfig),
+            help="How quantize rounds. [default: gptq]",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
     calibration: Texts = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential",
+            help="Calibrate every layer on inputs from the already compressed ones.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what is measured on the text in this folder, for other runs on the same model and text.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
     sequences: Annotated[
         int | None, typer.Option(help="How many sequences of it. [default: 64]", rich_help_panel=_TEXT)
     ] = None,
@@ -227,14 +278,6 @@ def compress(
     rho: Annotated[
         float | None,
         typer.Option(help=f"k/s: atoms over non-zeros a column. [default: {_FAST.rho:g}]", rich_help_panel=_SOLVER),
-    ] = None,
-    coefficient_bits: Annotated[
-        int | None,
-        typer.Option(
-            metavar=_choices("coefficient_bits"),
-            help=f"Stored bits of a coefficient; 16 is bfloat16. [default: {_FAST.coefficient_bits}]",
-            rich_help_panel=_SOLVER,
-        ),
     ] = None,
     coding: Annotated[
         str | None,
@@ -302,14 +345,17 @@ def compress(
 
     The result loads with plain `AutoModelForCausalLM.from_pretrained(OUT)` once lexigram is imported.
     """
-    settings = _recipe(
-        model,
-        recipe,
-        preset,
-        {
+    settings = merge(
+        Recipe.read(recipe) if recipe else {},
+        where=str(recipe or "the settings"),
+        preset=preset.value if preset else None,
+        method={
             "name": method.value if method else None,
             "rho": rho,
-            "coefficient_bits": coefficient_bits,
+            "value_bits": value_bits,
+            "dictionary_bits": dictionary_bits,
+            "metric": metric,
+            "rounding": rounding,
             "coding": coding,
             "update": update,
             "start": start,
@@ -317,19 +363,32 @@ def compress(
             "tolerance": tolerance,
             "plain": plain,
         },
-        {"text": calibration or None, "sequences": sequences, "length": length, "seed": calibration_seed},
-        ratio=ratio,
-        accounting=accounting.value if accounting else None,
-        include=include or None,
-        exclude=exclude or None,
-        seed=seed,
-        device=device,
-        compute_dtype=compute_dtype,
-        dtype=dtype,
+        calibration={
+            "text": calibration or None,
+            "sequences": sequences,
+            "length": length,
+            "seed": calibration_seed,
+        },
+        settings={
+            "model": model,
+            "ratio": ratio,
+            "accounting": accounting.value if accounting else None,
+            "include": include or None,
+            "exclude": exclude or None,
+            "allocation": allocation,
+            "measure": measure,
+            "share": share,
+            "group": group,
+            "sequential": sequential,
+            "seed": seed,
+            "device": device,
+            "compute_dtype": compute_dtype,
+            "dtype": dtype,
+        },
     )
     if not dry_run:
         check_target(out, overwrite=overwrite)
-    prepared = make_plan(settings)
+    prepared = make_plan(settings, cache=cache)
     console.print(report.plan_table(prepared))
     _say(
         f"about {report.size(prepared.memory_bytes)} of memory, {report.size(prepared.disk_bytes)} on disk; "
@@ -337,7 +396,7 @@ def compress(
     )
     if dry_run:
         return
-    with _bars() as bars:
+    with drawing(errors) as bars:
         record = run_compress(settings, out, overwrite=overwrite, progress=bars, prepared=prepared)
     console.print(report.bytes_table(record))
     _say(
@@ -375,7 +434,7 @@ def eval_(
 ) -> None:
     """Measure MODEL's perplexity on a text and, with --reference, its distance from another model."""
     if json_file:
-        _check_file(json_file)
+        check_writable(json_file)
     content = read_texts(text, demo_part="evaluation")
     place = resolve_device(device)
     opened, tokenizer = open_model(model, device=place, dtype=dtype.value)
@@ -387,7 +446,7 @@ def eval_(
                 f"{model} and {reference} split the text into different tokens, so their predictions cannot be compared; name "
                 "the model that was compressed as --reference"
             )
-    with _bars() as bars, bars.steps("evaluate") as update:
+    with drawing(errors) as bars, bars.steps("evaluate") as update:
         result = evaluate(
             opened,
             tokenizer,
@@ -411,7 +470,7 @@ def eval_(
         "command": " ".join(sys.argv),
     }
     if json_file:
-        _write(json_file, json.dumps(_finite(figures), indent=1, allow_nan=False) + "\n")
+        write_json(json_file, figures)
     console.print(*report.evaluation_tables([figures]))
 
 
@@ -420,7 +479,7 @@ def report_(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What `lexigram eval --json` wrote.")],
 ) -> None:
     """Print evaluations side by side."""
-    rows = [_read_json(file) for file in files]
+    rows = [read_json(file) for file in files]
     for file, row in zip(files, rows, strict=True):
         if not isinstance(row.get("token_perplexity", ""), (int, float, NoneType)):
             raise LexigramError(f"{file} holds no evaluation; name what `lexigram eval --json` wrote")
@@ -433,7 +492,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json instead.")] = False,
 ) -> None:
     """Show where the bytes are, and each layer's form and error."""
-    content = _read_json(folder / RUN_FILE)
+    content = read_json(folder / RUN_FILE)
     try:
         record = RunRecord.model_validate(content)
     except ValidationError as error:
@@ -473,82 +532,9 @@ def generate(
     _say(greedy_sentence(opened, tokenizer, prompt, tokens, chat=chat))
 
 
-class _Bars:
-    """Stages as progress bars."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
-        """See `lexigram.pipeline.Progress`."""
-        task = self._bars.add_task(name, total=total)
-        yield lambda: self._bars.advance(task)
-
-    @contextmanager
-    def steps(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar that is told (done, total)."""
-        task = self._bars.add_task(name, total=None)
-        yield lambda done, total: self._bars.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _bars() -> Iterator[_Bars]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors, transient=not errors.is_terminal) as bars:
-        yield _Bars(bars)
-
-
 def _say(line: str) -> None:
     """Print as it stands: no markup in file names, no breaks that a script would have to undo."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _check_file(file: Path) -> None:
-    """Raise before any work where `file` cannot become a file in the end."""
-    if file.is_dir():
-        raise LexigramError(f"{file} is a folder; name a file to write the figures to")
-    parent = next(folder for folder in file.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise LexigramError(
-            f"{file} cannot be written: {parent} is not a folder that one can write to; name another file"
-        )
-
-
-def _write(file: Path, content: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise LexigramError(f"{file} cannot be written: {error.strerror or error}; name another file") from error
-
-
-def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """The same with None for what JSON has no number for."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()
-    }
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LexigramError(f"{file} cannot be read: {error.strerror or error}; name what lexigram wrote") from error
-    except ValueError as error:
-        raise LexigramError(f"{file} is not JSON ({error}); name what lexigram wrote") from error
-    if not isinstance(content, dict):
-        raise LexigramError(f"{file} holds no JSON object; name what lexigram wrote")
-    return content
 
 
 def _model_bytes(model: torch.nn.Module) -> int:

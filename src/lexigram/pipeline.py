@@ -1,50 +1,41 @@
 """`compress`: the only file that knows the order of the stages. No mathematics here.
 
 Plan, load, then decoder layer by decoder layer: Grams of its input sites, factors of its linear layers, factors put in
-place. At any time only one layer's Grams exist. Then save.
+place; at any time only those Grams exist that a unit still waits for. Where the Grams decide on the allocation, all of them
+are made first and kept in a folder. Then save.
 """
 
 import hashlib
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lexigram.calibration.gram import Gram, collecting
-from lexigram.calibration.layerwise import LayerRunner
+from lexigram.allocation.units import Allocation, Unit
+from lexigram.calibration.passes import plain_grams, sequential_grams
 from lexigram.calibration.sampling import sample_sequences
+from lexigram.calibration.store import GramStore
 from lexigram.calibration.tokens import TokenSequences
+from lexigram.curves import decide
 from lexigram.errors import LexigramError
-from lexigram.methods import fit
+from lexigram.factors import Factor, factor_spec
+from lexigram.gram import Gram
+from lexigram.methods import FitReport, Member, fit_group
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
-from lexigram.records import LayerRecord, RunRecord, Stopwatch, machine, peak_memory_bytes, versions
+from lexigram.records import LayerRecord, RunRecord, SharedRecord, Stopwatch, machine, peak_memory_bytes, versions
+from lexigram.running import Silent, Stages
 from lexigram.staging import RUN_FILE, check_target, staged
 from lexigram.targets import Target, decoder_layers, weight_of
-from lexigram.transformers_io import FactoredLinear, attach_config
+from lexigram.transformers_io import SHARED, FactoredLinear, attach_config, share
 
-
-class Progress(Protocol):
-    """Told how far a run is; the command line draws bars from it."""
-
-    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """A stage of `total` steps begins; what the context gives is called after every step."""
-        ...
-
-
-class Silent:
-    """Progress that nobody looks at."""
-
-    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """See `Progress`."""
-        return nullcontext(lambda: None)
+ALLOCATION_FILE = "allocation.json"
 
 
 def compress(
@@ -52,7 +43,7 @@ def compress(
     out: str | Path,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
     prepared: Plan | None = None,
 ) -> RunRecord:
     """Compress a model into the folder `out`, which appears only when everything in it is complete.
@@ -88,8 +79,9 @@ def compress(
     if tokens is None:
         with watch.stage("sample"):
             tokens = _sample(prepared, model, progress)
-    digest = hashlib.sha256()
-    layers = _replace_targets(prepared, model, tokens.ids, watch, progress, digest)
+    digest = _weights_sha256(model, prepared.targets)
+    work = _Work(prepared, model, tokens, digest, watch, progress)
+    allocation = work.run(out)
     with staged(out, overwrite=overwrite) as folder:
         with watch.stage("save"), progress.stage("save", 1) as step:
             attach_config(model.to(getattr(torch, recipe.dtype)))
@@ -97,7 +89,8 @@ def compress(
             prepared.source.tokenizer().save_pretrained(folder)
             step()
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        record = _record(prepared, tokens, layers, folder, digest.hexdigest(), watch)
+        (folder / ALLOCATION_FILE).write_text(allocation.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        record = _record(work, allocation, folder)
         (folder / RUN_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return record
 
@@ -113,7 +106,7 @@ def stored_bytes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _sample(prepared: Plan, model: PreTrainedModel, progress: Progress) -> TokenSequences:
+def _sample(prepared: Plan, model: PreTrainedModel, progress: Stages) -> TokenSequences:
     calibration = prepared.recipe.calibration
     with progress.stage("sample calibration text", calibration.sequences) as step:
         done = 0
@@ -134,68 +127,164 @@ def _sample(prepared: Plan, model: PreTrainedModel, progress: Progress) -> Token
         )
 
 
-def _replace_targets(
-    prepared: Plan,
-    model: PreTrainedModel,
-    ids: Tensor,
-    watch: Stopwatch,
-    progress: Progress,
-    digest: "hashlib._Hash",
-) -> list[LayerRecord]:
-    """Fit every target and put its factors in place, one decoder layer after another."""
-    layers = list(decoder_layers(model))
-    by_layer: dict[int | None, list[Target]] = {}
-    for target in prepared.targets:
-        by_layer.setdefault(target.layer, []).append(target)
-    records: list[LayerRecord] = []
-    with progress.stage("compress", len(prepared.targets)) as step:
-        with watch.stage("calibrate"):
-            runner = LayerRunner(model, layers, ids, compute_dtype=prepared.compute_dtype)
-        runs: list[tuple[list[Target], Callable[[], None]]] = [
-            (by_layer.get(index, []), partial(runner.run, index)) for index in range(len(layers))
-        ]
-        if None in by_layer:
-            runs.append((by_layer[None], runner.run_rest))
-        for targets, run in runs:
-            with watch.stage("calibrate"):
-                grams = _grams(model, {target.site for target in targets}, run)
-            for target in targets:
-                with watch.stage("fit"):
-                    records.append(_replace(prepared, model, target, grams[target.site], digest))
-                step()
-    return records
+class _Work:
+    """The middle of a run: from a loaded model and its calibration tokens to a model with factors in it."""
+
+    def __init__(
+        self,
+        prepared: Plan,
+        model: PreTrainedModel,
+        tokens: TokenSequences,
+        weights_sha256: str,
+        watch: Stopwatch,
+        progress: Stages,
+    ) -> None:
+        self.prepared, self.model, self.tokens, self.weights_sha256 = prepared, model, tokens, weights_sha256
+        self.watch, self.progress = watch, progress
+        self.targets = {target.name: target for target in prepared.targets}
+        self.layers: dict[str, LayerRecord] = {}
+        self.shared: list[SharedRecord] = []
+
+    def run(self, out: Path) -> Allocation:
+        """Replace every target; the allocation that was used."""
+        prepared, recipe = self.prepared, self.prepared.recipe
+        allocation = prepared.allocation
+        if allocation is not None and (recipe.sequential or prepared.cache is None):
+            self._streamed(allocation)
+            return allocation
+        with self._gram_store(out) as store:
+            self._calibrated(store)
+            if allocation is None:
+                with self.watch.stage("allocate"):
+                    allocation = decide(prepared, self._weight, store, self.model, self.tokens.ids, self.progress)
+            if recipe.sequential:
+                self._streamed(allocation)
+                return allocation
+            with self.progress.stage("compress", len(self.targets)) as step:
+                for unit in allocation.units:
+                    with store.using(self.targets[name].site for name in unit.members) as grams:
+                        self._fit(unit, grams)
+                    for _ in unit.members:
+                        step()
+        return allocation
+
+    def _streamed(self, allocation: Allocation) -> None:
+        """Fit every unit as soon as all its Grams are there, and let go of those that no unit waits for."""
+        waiting, held = list(allocation.units), dict[str, Gram]()
+        passes = self._passes(sequential_grams if self.prepared.recipe.sequential else plain_grams)
+        with self.progress.stage("compress", len(self.targets)) as step:
+            for grams in passes:
+                held |= grams
+                ready = [unit for unit in waiting if self._sites(unit) <= held.keys()]
+                for unit in ready:
+                    self._fit(unit, held)
+                    for _ in unit.members:
+                        step()
+                waiting = [unit for unit in waiting if unit not in ready]
+                needed = set().union(*map(self._sites, waiting))
+                held = {site: gram for site, gram in held.items() if site in needed}
+
+    def _calibrated(self, store: GramStore) -> None:
+        """All Grams into the store, unless an earlier run left them there."""
+        sites = {target.site for target in self.targets.values()}
+        if store.holds(sites):
+            return
+        with self.progress.stage("calibrate", len(sites)) as step:
+            for grams in self._passes(plain_grams):
+                store.update(grams)
+                for _ in grams:
+                    step()
+        store.seal(sites)
+
+    def _passes(self, kind: Callable[..., Iterator[dict[str, Gram]]]) -> Iterator[dict[str, Gram]]:
+        """Grams layer by layer; the time until the next ones is that of the calibration."""
+        sites: dict[int | None, list[str]] = {}
+        for target in self.targets.values():
+            found = sites.setdefault(target.layer, [])
+            if target.site not in found:
+                found.append(target.site)
+        layers = list(decoder_layers(self.model))
+        passes = kind(self.model, layers, sites, self.tokens.ids, self.prepared.compute_dtype)
+        while True:
+            with self.watch.stage("calibrate"):
+                grams = next(passes, None)
+            if grams is None:
+                return
+            yield grams
+
+    @contextmanager
+    def _gram_store(self, out: Path) -> Iterator[GramStore]:
+        """In the cache under what decides the Grams, or in a folder beside `out` that goes away."""
+        device = self.prepared.device
+        if self.prepared.cache is not None:
+            decides = (_model_sha256(self.model), self.tokens.sha256, str(self.prepared.compute_dtype))
+            key = hashlib.sha256(" ".join(decides).encode()).hexdigest()
+            yield GramStore(self.prepared.cache / f"grams-{key[:16]}", device)
+            return
+        parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.grams-", dir=parent) as folder:
+            yield GramStore(Path(folder), device)
+
+    def _sites(self, unit: Unit) -> set[str]:
+        return {self.targets[name].site for name in unit.members}
+
+    def _weight(self, name: str) -> Tensor:
+        return weight_of(self.model.get_submodule(name)).detach()
+
+    def _fit(self, unit: Unit, grams: Mapping[str, Gram]) -> None:
+        """Factors of one unit, put in place and recorded."""
+        targets = [self.targets[name] for name in unit.members]
+        with self.watch.stage("fit"):
+            members = [Member(gram.aim(self._weight(t.name)), gram) for t in targets for gram in (grams[t.site],)]
+            generator = _generator(self.prepared.recipe.seed, unit.members[0])
+            try:
+                fitted = fit_group(unit.method, members, unit.spec, generator)
+            except ValueError as error:
+                raise LexigramError(f"{' + '.join(unit.members)} cannot be compressed: {error}") from error
+        for target, (factors, report) in zip(targets, fitted.members, strict=True):
+            module = self.model.get_submodule(target.name)
+            bias = module.bias if isinstance(module.bias, Tensor) else None
+            self.model.set_submodule(target.name, FactoredLinear(factors, bias, transposed=target.transposed))
+            self.layers[target.name] = _layer_record(target, factors, report)
+        if fitted.shared is not None:
+            name = next(fitted.members[0][0].spec.references()).name
+            share(self.model, {name: fitted.shared})
+            spec = fitted.shared.spec
+            self.shared.append(
+                SharedRecord(name=name, members=list(unit.members), factors=spec.model_dump(), bytes=spec.bytes)
+            )
 
 
-def _grams(model: nn.Module, sites: set[str], run: Callable[[], None]) -> dict[str, Gram]:
-    """The Gram of every input site, taken while `run` runs."""
-    with collecting({site: model.get_submodule(site) for site in sites}) as accumulators:
-        run()
-    return {site: accumulator.result(site) for site, accumulator in accumulators.items()}
-
-
-def _replace(prepared: Plan, model: nn.Module, target: Target, gram: Gram, digest: "hashlib._Hash") -> LayerRecord:
-    module, spec = model.get_submodule(target.name), prepared.specs[target.name]
-    bias = module.bias if isinstance(module.bias, Tensor) else None
-    weight = weight_of(module).detach()
-    digest.update(weight.contiguous().view(torch.uint8).cpu().numpy().data)
-    generator = _generator(prepared.recipe.seed, target.name)
-    try:
-        factors, report = fit(prepared.recipe.method, weight, gram, spec, generator)
-    except ValueError as error:
-        raise LexigramError(f"{target.name} cannot be compressed: {error}") from error
-    model.set_submodule(target.name, FactoredLinear(factors, bias, transposed=target.transposed))
+def _layer_record(target: Target, factors: Factor, report: FitReport) -> LayerRecord:
     return LayerRecord(
         name=target.name,
         kind=target.kind,
         layer=target.layer,
         shape=target.shape,
         site=target.site,
-        factors=spec.model_dump(),
+        factors=factors.spec.model_dump(),
         bytes_before=target.dense_bytes,
-        bytes_after=spec.bytes,
-        parameters_after=spec.parameters,
+        bytes_after=factors.spec.bytes,
+        parameters_after=factors.spec.parameters,
         fit=report,
     )
+
+
+def _weights_sha256(model: nn.Module, targets: Sequence[Target]) -> str:
+    """Of the weights to compress, as they were loaded, in the model's order."""
+    return _sha256(weight_of(model.get_submodule(target.name)) for target in targets)
+
+
+def _model_sha256(model: nn.Module) -> str:
+    """Of all weights: whatever is before a layer decides its inputs."""
+    return _sha256(model.parameters())
+
+
+def _sha256(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def _check_finite(model: nn.Module, name: str) -> None:
@@ -223,23 +312,21 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _record(
-    prepared: Plan,
-    tokens: TokenSequences,
-    layers: list[LayerRecord],
-    folder: Path,
-    weights_sha256: str,
-    watch: Stopwatch,
-) -> RunRecord:
-    recipe, device = prepared.recipe, prepared.device
-    before, after = prepared.bytes_before, prepared.bytes_after
+def _record(work: _Work, allocation: Allocation, folder: Path) -> RunRecord:
+    prepared, recipe, device, tokens = work.prepared, work.prepared.recipe, work.prepared.device, work.tokens
+    layers = [work.layers[target.name] for target in prepared.targets]
+    before, after = prepared.bytes_before, sum(layer.bytes_after for layer in layers)
+    after += sum(shared.bytes for shared in work.shared)
+    weights = sum(target.weight_count for target in prepared.targets)
+    matrices = {f"{layer.name}.factors": layer.factors for layer in layers}
+    matrices |= {f"{SHARED}.{shared.name}": shared.factors for shared in work.shared}
+    promised = {
+        ".".join(filter(None, (name, path, part))): f"{leaf.form} {part}"
+        for name, factors in matrices.items()
+        for path, leaf in factor_spec.validate_python(factors).leaves()
+        for part in leaf.stored()
+    }
     by_kind: dict[str, int] = {}
-    promised: dict[str, str] = {}
-    for target in prepared.targets:
-        for path, leaf in prepared.specs[target.name].leaves():
-            for part in leaf.stored():
-                name = ".".join(filter(None, (target.name, "factors", path, part)))
-                promised[name] = f"{leaf.form} {part}"
     for name, size in stored_bytes(folder).items():
         kind = promised.get(name, "not compressed")
         by_kind[kind] = by_kind.get(kind, 0) + size
@@ -253,14 +340,14 @@ def _record(
         machine={**machine(device), "compute_dtype": str(prepared.compute_dtype).removeprefix("torch.")},
         recipe=recipe.model_dump(mode="json"),
         model=recipe.model,
-        weights_sha256=weights_sha256,
+        weights_sha256=work.weights_sha256,
         calibration_source=tokens.source,
         calibration_sha256=tokens.sha256,
         calibration_tokens=tokens.ids.numel(),
         requested_ratio=recipe.ratio,
         ratio=1 - after / before,
-        parameter_ratio=1
-        - sum(layer.parameters_after for layer in layers) / sum(target.weight_count for target in prepared.targets),
+        bits_per_weight=8 * after / weights,
+        parameter_ratio=1 - sum(unit.spec.parameters for unit in allocation.units) / weights,
         bytes_before=before,
         bytes_after=after,
         model_bytes_before=uncompressed + before,
@@ -268,10 +355,11 @@ def _record(
         source_file_bytes=prepared.source.file_bytes(),
         bytes_by_kind=by_kind,
         mean_relative_error=sum(layer.fit.relative_error for layer in layers) / len(layers),
-        seconds=watch.seconds,
+        seconds=work.watch.seconds,
         peak_memory_bytes=peak_memory_bytes(),
         device_peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        stages=watch.stages,
+        stages=work.watch.stages,
         files=sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
         layers=layers,
+        shared=work.shared,
     )

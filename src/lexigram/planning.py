@@ -4,19 +4,21 @@ is raised here, before any work.
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from lexigram.allocation.uniform import uniform
+from lexigram.allocation.matching import consecutive, same_site
+from lexigram.allocation.uniform import budget, uniform
+from lexigram.allocation.units import Allocation
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec
-from lexigram.methods import BudgetTooSmallError, layout
-from lexigram.recipe import SELF, Recipe
+from lexigram.recipe import KNAPSACK, SELF, UNIFORM, Recipe
 from lexigram.source import Source
 from lexigram.targets import Target, find_targets
 from lexigram.transformers_io import is_compressed
@@ -33,7 +35,12 @@ class Plan:
     recipe: Recipe
     source: Source
     targets: list[Target]
-    specs: dict[str, FactorSpec]
+    groups: list[tuple[str, ...]] | None
+    """Names of the targets that are fitted together; None where the weights decide."""
+    allocation: Allocation | None
+    """None where the Grams decide."""
+    cache: Path | None
+    """Where Grams are kept for later runs."""
     length: int
     tokens: TokenSequences | None
     """None where the sequences will be sampled from the model itself."""
@@ -45,14 +52,21 @@ class Plan:
     """How long the planning took; reading and tokenising the text is most of it."""
 
     @property
+    def specs(self) -> dict[str, FactorSpec]:
+        """Every target's own form by its name, where the allocation is known."""
+        return {} if self.allocation is None else self.allocation.specs
+
+    @property
     def bytes_before(self) -> int:
         """Of the layers to compress, in bfloat16."""
         return sum(target.dense_bytes for target in self.targets)
 
     @property
     def bytes_after(self) -> int:
-        """Of the same layers' factors."""
-        return sum(self.specs[target.name].bytes for target in self.targets)
+        """Of the same layers' factors; where the Grams decide about them, the most that they may take."""
+        if self.allocation is None:
+            return budget(self.targets, self.recipe.ratio, "bytes").amount
+        return self.allocation.bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -60,8 +74,12 @@ class Plan:
         return self.uncompressed_bytes + self.bytes_after + _DESCRIPTIONS
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
     """Resolve a recipe without reading weights.
+
+    Args:
+        recipe: the whole run.
+        cache: a folder where Grams are kept, so that another run on the same weights and text need not make them again.
 
     Raises:
         LexigramError: for a model, pattern, text, device or ratio that will not do.
@@ -75,13 +93,16 @@ def plan(recipe: Recipe) -> Plan:
     device = resolve_device(recipe.device)
     skeleton = source.skeleton()
     targets = find_targets(skeleton, recipe.include, recipe.exclude)
-    specs = _specs(recipe, targets)
+    groups = _groups(recipe, targets)
+    allocation = _allocation(recipe, targets, groups)
     length = _length(recipe, config)
     return Plan(
         recipe=recipe,
         source=source,
         targets=targets,
-        specs=specs,
+        groups=groups,
+        allocation=allocation,
+        cache=None if cache is None else Path(cache),
         length=length,
         tokens=None if recipe.calibration.text == (SELF,) else _read_tokens(recipe, source, length),
         uncompressed_bytes=_uncompressed_bytes(recipe, skeleton, targets),
@@ -100,15 +121,27 @@ def _refuse_quantised(source: Source, config: Any) -> None:
         raise LexigramError(f"{source.name} is quantised already ({method}); name the model that it was made from")
 
 
-def _specs(recipe: Recipe, targets: list[Target]) -> dict[str, FactorSpec]:
-    budgets = uniform(targets, recipe.ratio, recipe.accounting)
-    specs = {}
-    for target in targets:
-        try:
-            specs[target.name] = layout(recipe.method, target.shape, budgets[target.name])
-        except BudgetTooSmallError as error:
-            raise LexigramError(f"{target.name} {target.shape} at ratio {recipe.ratio:g}: {error}") from error
-    return specs
+def _groups(recipe: Recipe, targets: list[Target]) -> list[tuple[str, ...]] | None:
+    """Which targets share, where their names and shapes tell it."""
+    if recipe.share == "matched":
+        return None
+    if recipe.share == "site":
+        return same_site(targets)
+    if recipe.share == "consecutive":
+        return consecutive(targets, recipe.group)
+    return [(target.name,) for target in targets]
+
+
+def _allocation(recipe: Recipe, targets: list[Target], groups: list[tuple[str, ...]] | None) -> Allocation | None:
+    by_name = {target.name: target for target in targets}
+    if recipe.allocation not in (UNIFORM, KNAPSACK):
+        replayed = Allocation.read(Path(recipe.allocation))
+        replayed.check({name: target.shape for name, target in by_name.items()})
+        return replayed
+    if groups is None or recipe.allocation == KNAPSACK:
+        budget(targets, recipe.ratio, recipe.accounting)  # raises for a ratio that is out of range
+        return None
+    return uniform(groups, by_name, recipe.method, recipe.ratio, recipe.accounting)
 
 
 def _length(recipe: Recipe, config: Any) -> int:

@@ -1,6 +1,7 @@
 """A whole run as data: model, method, ratio, calibration, seeds. Read from YAML or the command line, kept with the result."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,10 +9,13 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lexigram.errors import LexigramError
-from lexigram.methods import METHODS, AnyMethod, CospadiConfig
+from lexigram.methods import METHODS, PRESETS, AnyMethod, CospadiConfig
 
 SELF = "self"
 """The calibration text that is sampled from the model itself."""
+
+UNIFORM, KNAPSACK = "uniform", "knapsack"
+"""The allocations that are made here; any other name is a file to replay."""
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """Several strings; in a file a single one may stand without a list."""
@@ -36,8 +40,11 @@ class Recipe(BaseModel):
     """Everything that decides the bytes of the result.
 
     `ratio` is the share of the stored bytes of the compressed layers that is removed; with the accounting `paper`, of their
-    parameters. `dtype` is what the tensors that are not compressed are stored in. `seed` drives the method, the calibration
-    has its own.
+    parameters. `share` names which matrices share one dictionary: `consecutive` decoder layers' (in groups of `group`),
+    `matched` pairs of any kinds (GeoPair), or those on one input `site`; a `group` alone means consecutive ones. `allocation`
+    says how the budget is spent over the layers: `uniform`, `knapsack` (by the `measure` of what an error costs), or an
+    allocation file to replay. `sequential` calibrates every layer on inputs from the already compressed ones. `dtype` is what
+    the tensors that are not compressed are stored in. `seed` drives the method, the calibration has its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +53,11 @@ class Recipe(BaseModel):
     method: AnyMethod = CospadiConfig()
     ratio: float = Field(default=0.2, gt=0, lt=1)
     accounting: Literal["bytes", "paper"] = "bytes"
+    share: Literal["none", "consecutive", "matched", "site"] = "none"
+    group: int = Field(default=2, ge=2)
+    allocation: str = UNIFORM
+    measure: Literal["loss", "relative", "absolute"] = "loss"
+    sequential: bool = False
     calibration: Calibration = Calibration()
     include: Names = ()
     exclude: Names = ()
@@ -56,11 +68,30 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _paper_stores_14_bits(self) -> "Recipe":
-        """The paper's accounting is exact in bytes for 14-bit coefficients only (`methods.cospadi`)."""
-        if self.accounting == "paper" and isinstance(self.method, CospadiConfig) and self.method.coefficient_bits != 14:
-            if "coefficient_bits" in self.method.model_fields_set:
-                raise ValueError("the accounting `paper` stores coefficients in 14 bits; set coefficient_bits to 14")
-            object.__setattr__(self, "method", self.method.model_copy(update={"coefficient_bits": 14}))
+        """The paper's accounting is exact in bytes for 14-bit coefficients and bfloat16 only (`methods.cospadi`)."""
+        papers = {"value_bits": 14, "dictionary_bits": 16}
+        if self.accounting == "paper" and isinstance(self.method, CospadiConfig):
+            for key, bits in papers.items():
+                if key in self.method.model_fields_set and getattr(self.method, key) != bits:
+                    raise ValueError(
+                        f"the accounting `paper` stores {key} of {bits}; set {key} to that, or leave it out"
+                    )
+            object.__setattr__(self, "method", self.method.model_copy(update=papers))
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Recipe":
+        if "group" in self.model_fields_set and "share" not in self.model_fields_set:
+            object.__setattr__(self, "share", "consecutive")
+        if self.sequential and self.share in ("consecutive", "matched"):
+            raise ValueError(
+                f"sequential calibration needs a layer's factors before the next layer is run, and share {self.share!r} gives "
+                "them later; share on one `site`, or leave one of the two out"
+            )
+        if self.accounting == "paper" and self.allocation == KNAPSACK:
+            raise ValueError("the knapsack counts stored bytes; leave the accounting `paper` out")
+        if self.share == "matched" and self.group != 2:
+            raise ValueError("matched groups are pairs; leave group out")
         return self
 
     @classmethod
@@ -99,6 +130,58 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """The recipe, complete, as YAML that `read` accepts."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def merge(
+    content: Mapping[str, Any],
+    *,
+    preset: str | None,
+    method: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    where: str = "the settings",
+) -> Recipe:
+    """Options over the preset over a recipe's content over defaults; an option that is None was not given.
+
+    A seed is an option for the method and for the calibration, unless that is given its own.
+
+    Args:
+        content: of a recipe file, as `Recipe.read` gives it; may be empty.
+        preset: one of `PRESETS`; an option that sets the whole method.
+        method: options of the method; `name` among them.
+        calibration: options of the calibration.
+        settings: options of the recipe itself.
+        where: what an error message names.
+
+    Raises:
+        LexigramError: for a preset of another method, and as `Recipe.parse` does.
+    """
+    method, calibration, settings = _given(method), _given(calibration), _given(settings)
+    if "seed" in settings:
+        calibration = {"seed": settings["seed"], **calibration}
+    return Recipe.parse(
+        {
+            **content,
+            **settings,
+            "method": _merged_method(content.get("method") or {}, preset, method),
+            "calibration": {**(content.get("calibration") or {}), **calibration},
+        },
+        where,
+    )
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _merged_method(content: Mapping[str, Any], preset: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options over the preset, or else over a recipe's method; those of another method do not carry over."""
+    base = PRESETS[preset].model_dump() if preset else content
+    default = base.get("name", CospadiConfig().name)
+    name = options.get("name", default)
+    if preset and name != default:
+        raise LexigramError(f"--preset {preset} is a solver of {default}; leave it out for the method {name}")
+    return {**(base if name == default else {}), **options, "name": name}
 
 
 def explain(error: ValidationError) -> str:

@@ -36,13 +36,22 @@ class LayerRecord(BaseModel):
     fit: FitReport
 
 
+class SharedRecord(BaseModel):
+    """A matrix that several layers share: its form, and its bytes, which are in none of the layers'."""
+
+    name: str
+    members: list[str]
+    factors: dict[str, Any]
+    bytes: int
+
+
 class RunRecord(BaseModel):
     """The content of `run.json`.
 
     Sizes are stored bytes, file headers aside; `bytes_*` of the compressed layers (bfloat16 before), `model_bytes_*` of the
     whole model. `weights_sha256` is of the compressed layers' weights as they were loaded, in the model's order. `ratio` is
-    the share of `bytes_before` that was removed, `requested_ratio` what was asked for. `files` lists what the run wrote;
-    nothing else in the folder is ever removed.
+    the share of `bytes_before` that was removed, `requested_ratio` what was asked for, `bits_per_weight` the stored bits of
+    the compressed layers over their weights. `files` lists what the run wrote; nothing else in the folder is ever removed.
     """
 
     lexigram: str
@@ -57,6 +66,7 @@ class RunRecord(BaseModel):
     calibration_tokens: int
     requested_ratio: float
     ratio: float
+    bits_per_weight: float
     parameter_ratio: float
     bytes_before: int
     bytes_after: int
@@ -71,6 +81,7 @@ class RunRecord(BaseModel):
     stages: dict[str, StageCost]
     files: list[str]
     layers: list[LayerRecord]
+    shared: list[SharedRecord] = []
 
 
 class Stopwatch:
@@ -114,8 +125,10 @@ def peak_memory_bytes() -> int:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide the numbers."""
-    packages = ("lexigram", "torch", "transformers", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ("lexigram", "transformers", "safetensors", "numpy")
+    # torch's own version names its build (CPU or CUDA), that of its package does not always.
+    own = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {**own, **{name: version(name) for name in packages}}
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -30,12 +30,17 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     groups: dict[tuple[str, tuple[int, int], str], list[Target]] = defaultdict(list)
+    specs = plan.specs
     for target in plan.targets:
-        groups[target.kind, target.shape, form(plan.specs[target.name].model_dump())].append(target)
+        said = form(specs[target.name].model_dump()) if specs else "by the Grams"
+        groups[target.kind, target.shape, said].append(target)
     for (kind, shape, said), members in groups.items():
         before = sum(target.dense_bytes for target in members)
-        after = sum(plan.specs[target.name].bytes for target in members)
-        table.add_row(str(len(members)), kind, f"{shape[0]}x{shape[1]}", said, size(before), size(after))
+        after = size(sum(specs[target.name].bytes for target in members)) if specs else ""
+        table.add_row(str(len(members)), kind, f"{shape[0]}x{shape[1]}", said, size(before), after)
+    shared = [unit.spec.shared for unit in plan.allocation.units if unit.spec.shared] if plan.allocation else []
+    if shared:
+        table.add_row(str(len(shared)), "shared", "", "dictionaries", "", size(sum(spec.bytes for spec in shared)))
     table.add_section()
     table.add_row(str(len(plan.targets)), "all", "", "", size(plan.bytes_before), size(plan.bytes_after))
     table.add_row("", "rest", "", plan.recipe.dtype, size(plan.uncompressed_bytes), size(plan.uncompressed_bytes))
@@ -57,6 +62,7 @@ def bytes_table(record: RunRecord) -> Table:
         f"{record.model_bytes_after / record.model_bytes_before:.1%} of before",
     )
     table.add_row("compressed layers", f"{record.bytes_after:,}", f"{1 - record.ratio:.1%} of before")
+    table.add_row("bits a weight", f"{record.bits_per_weight:.3f}", "")
     return table
 
 
@@ -144,10 +150,13 @@ def form(spec: dict[str, Any]) -> str:
     """A factor expression in one line, in the field's words: `k 306 s 155` (CoSpaDi), `rank 230` (low rank)."""
     if spec["form"] == "product":
         left, right = spec["left"], spec["right"]
-        if left["form"] == right["form"] == "dense":
-            return f"rank {left['cols']}{_bits(left)}"
-        if left["form"] == "sparse" and right["form"] == "dense":
-            return f"k {left['cols']} s {left['nonzeros'] / left['rows']:g}{_bits(left)}"
+        beside = " shared" if right["form"] == "shared" else ""
+        if left["form"] == "dense" and right["form"] in ("dense", "shared"):
+            return f"rank {left['cols']}{_bits(left)}{beside}"
+        if left["form"] == "sparse" and right["form"] in ("dense", "shared"):
+            other = "" if beside else _bits(right)
+            across = f" x{other}" if other else ""
+            return f"k {left['cols']} s {left['nonzeros'] / left['rows']:g}{_bits(left)}{across}{beside}"
         return f"({form(left)}) ({form(right)})"
     shape = f"{spec['rows']}x{spec['cols']}"
     if spec["form"] == "sparse":
@@ -156,8 +165,11 @@ def form(spec: dict[str, Any]) -> str:
 
 
 def _bits(leaf: dict[str, Any]) -> str:
-    bits = leaf["codec"]["bits"]
-    return "" if bits == 16 else f" {bits}-bit"
+    """The codec of a leaf where it is not plain bfloat16."""
+    codec = leaf["codec"]
+    if codec["name"] == "integer":
+        return f" int{codec['bits']}"
+    return "" if codec["bits"] == 16 else f" {codec['bits']}-bit"
 
 
 def _text_and_windows(row: dict[str, Any]) -> str:

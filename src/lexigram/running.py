@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -15,6 +15,22 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all) after every step."""
+
+
+class Stages(Protocol):
+    """Told how far a long run is, stage by stage; the command line draws bars from it."""
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """A stage of `total` steps begins; what the context gives is called after every step."""
+        ...
+
+
+class Silent:
+    """Stages that nobody looks at."""
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """See `Stages`."""
+        return nullcontext(lambda: None)
 
 
 @contextmanager

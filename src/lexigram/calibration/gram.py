@@ -1,6 +1,6 @@
 """Grams added up from the inputs that layers see in forward passes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -51,6 +51,29 @@ class GramAccumulator:
         return Gram(upper + upper.triu(1).T, self._tokens)
 
 
+class CrossAccumulator:
+    """Adds up ``X0^T X`` from two streams of inputs to the same tokens, as `GramAccumulator` does ``X^T X``."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, original: Tensor, inputs: Tensor) -> None:
+        """Add two times inputs (..., in)."""
+        width = inputs.shape[-1]
+        if self._sum is None:
+            self._sum = torch.zeros(width, width, dtype=torch.float64, device=inputs.device)
+        both = (original.detach().reshape(-1, width), inputs.detach().reshape(-1, width))
+        with torch.autocast(inputs.device.type, enabled=False), _fast_where_exact(inputs.dtype):
+            for first, second in zip(*(rows.split(_CHUNK_TOKENS) for rows in both), strict=True):
+                self._sum += first.float().T @ second.float()
+
+    @property
+    def total(self) -> Tensor:
+        """The sum so far, (in, in) float64."""
+        assert self._sum is not None
+        return self._sum
+
+
 def _upper_self_product(rows: Tensor) -> Tensor:
     """``rows^T rows`` in float32; blocks below the diagonal are left at zero, which saves a third of the work."""
     width = rows.shape[1]
@@ -79,19 +102,32 @@ def _fast_where_exact(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
+def watching(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """While open, the latest input of every module stands under its name."""
+    seen: dict[str, Tensor] = {}
+    with _inputs_to(modules, seen.__setitem__):
+        yield seen
+
+
+@contextmanager
 def collecting(modules: dict[str, nn.Module]) -> Iterator[dict[str, GramAccumulator]]:
     """While open, the inputs of every module are added to the accumulator of its name."""
     accumulators = {name: GramAccumulator() for name in modules}
+    with _inputs_to(modules, lambda name, inputs: accumulators[name].add(inputs)):
+        yield accumulators
 
+
+@contextmanager
+def _inputs_to(modules: dict[str, nn.Module], receive: Callable[[str, Tensor], None]) -> Iterator[None]:
     def hook_for(name: str):  # type: ignore[no-untyped-def]
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            accumulators[name].add(args[0] if args else next(iter(kwargs.values())))
+            receive(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
     hooks = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        yield accumulators
+        yield
     finally:
         for hook in hooks:
             hook.remove()

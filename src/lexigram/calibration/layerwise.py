@@ -7,6 +7,7 @@ and full attention) work because every layer's arguments are its own.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from types import MappingProxyType
 from typing import Any
 
@@ -68,21 +69,45 @@ class LayerRunner:
             self._hidden.append(inputs[0])
             self._calls.append(_shared(calls, self._calls[-1]) if self._calls else calls)
 
+    def fork(self) -> "LayerRunner":
+        """Another stream of hidden states through the same model, from where this one is."""
+        other = copy(self)
+        other._hidden = list(self._hidden)
+        return other
+
     def run(self, index: int) -> None:
         """Carry all hidden states through layer `index`; call with 0, 1, 2, ... in order."""
+        for _ in self.steps(index):
+            pass
+
+    def steps(self, index: int, *, advance: bool = True) -> Iterator[None]:
+        """`run`, batch by batch; without `advance` the layer is run but the hidden states stay before it."""
         layer = self._layers[index]
         parameters = self._cast(layer.named_parameters())
-        with torch.no_grad():
-            for batch, calls in enumerate(self._calls):
-                args, kwargs = calls[index]
+        for batch, calls in enumerate(self._calls):
+            args, kwargs = calls[index]
+            with torch.no_grad():
                 output = functional_call(layer, parameters, (self._hidden[batch], *args), kwargs)
+            if advance:
                 self._hidden[batch] = _hidden_of(output)
+            yield
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers there are."""
+        return len(self._layers)
 
     def run_rest(self) -> None:
         """Run what comes after the last layer (final norm, lm_head), given the hidden states of the last layer."""
+        for _ in self.rest():
+            pass
+
+    def rest(self) -> Iterator[None]:
+        """`run_rest`, batch by batch."""
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             with self._standing_in([lambda *_args, hidden=hidden, **_kwargs: self._wrap(hidden)] * len(self._layers)):
                 self._forward(batch)
+            yield
 
     def _learn_output(self, ids: Tensor) -> Callable[[Tensor], Any]:
         """How a layer wraps its hidden states: as a bare tensor or as the first of a tuple."""

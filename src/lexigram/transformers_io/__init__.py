@@ -3,11 +3,20 @@
 Importing this package registers our format, so that plain ``from_pretrained`` opens it.
 """
 
-from lexigram.transformers_io.linear import FactoredLinear, LayerSpec, factored_layers, make_dense
+from lexigram.transformers_io.linear import (
+    SHARED,
+    FactoredLinear,
+    LayerSpec,
+    factored_layers,
+    make_dense,
+    share,
+    shared_matrices,
+)
 from lexigram.transformers_io.loading import export_dense, is_compressed, load, open_model
 from lexigram.transformers_io.quantizer import LexigramConfig, LexigramQuantizer, attach_config
 
 __all__ = [
+    "SHARED",
     "FactoredLinear",
     "LayerSpec",
     "LexigramConfig",
@@ -19,4 +28,6 @@ __all__ = [
     "load",
     "make_dense",
     "open_model",
+    "share",
+    "shared_matrices",
 ]

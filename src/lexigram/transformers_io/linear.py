@@ -1,6 +1,6 @@
 """The module that stands where a linear layer stood, and the swap between the two. Evaluates any factor expression."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lexigram.factors import Factor, FactorSpec
+
+SHARED = "lexigram_shared"
+"""The model's submodule that holds what several layers share; its tensors are stored once, under this prefix."""
 
 
 class LayerSpec(BaseModel):
@@ -79,3 +82,16 @@ def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every compressed layer by an ordinary one, in place, one layer at a time."""
     for name, module in list(factored_layers(model)):
         model.set_submodule(name, module.dense(dtype))
+    if hasattr(model, SHARED):
+        delattr(model, SHARED)
+
+
+def shared_matrices(model: nn.Module) -> dict[str, Factor]:
+    """The matrices that several compressed layers share, by name."""
+    held = getattr(model, SHARED, None)
+    return {name: matrix for name, matrix in held.items() if isinstance(matrix, Factor)} if held is not None else {}
+
+
+def share(model: nn.Module, matrices: Mapping[str, Factor]) -> None:
+    """Let the model hold `matrices` for its layers, beside those that it holds already."""
+    model.add_module(SHARED, nn.ModuleDict({**shared_matrices(model), **matrices}))

@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,9 +23,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lexigram.errors import LexigramError
-from lexigram.factors import empty
+from lexigram.factors import Factor, Leaf, empty
 from lexigram.targets import is_linear, weight_of
-from lexigram.transformers_io.linear import FactoredLinear, LayerSpec, factored_layers, make_dense
+from lexigram.transformers_io.linear import (
+    SHARED,
+    FactoredLinear,
+    LayerSpec,
+    factored_layers,
+    make_dense,
+    share,
+    shared_matrices,
+)
 from lexigram.transformers_io.saving import attach_methods, detach_methods
 
 QUANT_METHOD = "lexigram"
@@ -34,12 +42,14 @@ WEIGHTS = "lexigram.safetensors"
 _WEIGHTS_NAME = r"lexigram[\w.-]*\.safetensors(\.index\.json)?"  # in the folder itself, and no pickle
 
 _layers: TypeAdapter[dict[str, LayerSpec]] = TypeAdapter(dict[str, LayerSpec])
+_shared: TypeAdapter[dict[str, Leaf]] = TypeAdapter(dict[str, Annotated[Leaf, Field(discriminator="form")]])
 _DTYPES = {torch.uint8: "U8", torch.int16: "I16"}
 
 
 @register_quantization_config(QUANT_METHOD)
 class LexigramConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a compressed checkpoint: format version, weight file and every layer's form.
+    """The ``quantization_config`` of a compressed checkpoint: format version, weight file, every layer's form, and the
+    matrices that layers share.
 
     Raises:
         LexigramError: for a format or a content that this version does not know.
@@ -48,6 +58,7 @@ class LexigramConfig(QuantizationConfigMixin):
     def __init__(
         self,
         layers: dict[str, Any] | None = None,
+        shared: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         weights: str = WEIGHTS,
         quant_method: str = QUANT_METHOD,
@@ -65,12 +76,14 @@ class LexigramConfig(QuantizationConfigMixin):
             raise LexigramError(f"the checkpoint names {weights!r} as its weights; expected a file name like {WEIGHTS}")
         try:
             self.layers = _layers.validate_python(layers or {})
+            self.shared = _shared.validate_python(shared or {})
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise LexigramError(
                 f"the checkpoint's quantization_config is malformed at {where}: {first['msg']}"
             ) from None
+        _check_references(self.layers, self.shared)
         self.format_version = format_version
         self.weights = weights
 
@@ -81,6 +94,7 @@ class LexigramConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "weights": self.weights,
             "layers": {name: layer.model_dump() for name, layer in self.layers.items()},
+            "shared": {name: matrix.model_dump() for name, matrix in self.shared.items()},
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -108,17 +122,22 @@ class LexigramQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        check_headers(self.quantization_config.layers, kwargs.get("checkpoint_files") or ())
-        for name, layer in self.quantization_config.layers.items():
-            model.set_submodule(name, _empty_layer(model, name, layer))
+        config = self.quantization_config
+        check_headers(config, model, kwargs.get("checkpoint_files") or ())
+        with torch.device("meta"):
+            shared = {name: empty(spec) for name, spec in config.shared.items()}
+        if shared:
+            share(model, shared)
+        for name, layer in config.layers.items():
+            model.set_submodule(name, _empty_layer(model, name, layer, shared))
             _skip_initialisation(model.get_submodule(name.rpartition(".")[0]))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, module in factored_layers(model):
-            if all(parameter.device.type != "meta" for parameter in module.parameters()):
+        for name, factors in _matrices(model).items():
+            if not _is_offloaded(factors):
                 try:
-                    module.factors.check()
+                    factors.check()
                 except ValueError as error:
                     raise LexigramError(f"the checkpoint is damaged at {name}: {error}") from error
         attach_methods(model)
@@ -129,6 +148,11 @@ class LexigramQuantizer(HfQuantizer):
         return super().dequantize(model, dtype=dtype or model.dtype)
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        for name, factors in _matrices(model).items():
+            if _is_offloaded(factors):
+                raise LexigramError(
+                    f"{name} is offloaded and cannot be multiplied out; load the model without an offloading device_map first"
+                )
         make_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
         detach_methods(model)
         return model
@@ -145,14 +169,17 @@ class LexigramQuantizer(HfQuantizer):
 
 def attach_config(model: PreTrainedModel) -> None:
     """Make a model whose layers were just replaced saveable: describe its factored layers in its config."""
-    config = LexigramConfig(layers={name: module.spec.model_dump() for name, module in factored_layers(model)})
+    config = LexigramConfig(
+        layers={name: module.spec.model_dump() for name, module in factored_layers(model)},
+        shared={name: matrix.spec.model_dump() for name, matrix in shared_matrices(model).items()},
+    )
     model.config.quantization_config = config
     model.hf_quantizer = LexigramQuantizer(config, pre_quantized=True)
     attach_methods(model)
 
 
-def check_headers(layers: dict[str, LayerSpec], files: Sequence[str | Path]) -> None:
-    """Compare the files' headers with the layers' forms, before anything is allocated.
+def check_headers(config: LexigramConfig, model: PreTrainedModel, files: Sequence[str | Path]) -> None:
+    """Compare the files' headers with the config's forms and the model's shapes, before anything is allocated.
 
     Raises:
         LexigramError: naming the first tensor that is missing, belongs to no form, or has another dtype or shape than its
@@ -170,20 +197,38 @@ def check_headers(layers: dict[str, LayerSpec], files: Sequence[str | Path]) -> 
                     found[key] = (part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise LexigramError(f"the weight file {file} cannot be read: {error}") from error
+    matrices = {f"{name}.factors": layer.factors for name, layer in config.layers.items()}
+    matrices |= {f"{SHARED}.{name}": matrix for name, matrix in config.shared.items()}
     promised = {
-        f"{name}.factors.{part_name}": (_DTYPES[stored.dtype], stored.shape)
-        for name, layer in layers.items()
-        for part_name, stored in layer.factors.stored().items()
+        f"{name}.{part}": (_DTYPES[stored.dtype], stored.shape)
+        for name, matrix in matrices.items()
+        for part, stored in matrix.stored().items()
     }
     for key, expected in promised.items():
         if found.get(key) != expected:
             raise LexigramError(
                 f"the checkpoint is damaged: {key} is {found.get(key, 'missing')}, its form says {expected}"
             )
+    for key, parameter in model.named_parameters():
+        # transformers before 5.21 compares no shapes where there is a quantizer.
+        if key in found and found[key][1] != tuple(parameter.shape):
+            raise LexigramError(
+                f"the checkpoint is damaged: {key} has the shape {found[key][1]} in the weights and {tuple(parameter.shape)} "
+                "by config.json; fetch or write the model again"
+            )
     for key in found:
         # A layer that the config forgot would stay dense, with random weights and a mere warning.
-        if ".factors." in key and key not in promised:
+        if (".factors." in key or key.startswith(f"{SHARED}.")) and key not in promised:
             raise LexigramError(f"the checkpoint is damaged: {key} is stored, but the config describes no such factor")
+
+
+def _matrices(model: nn.Module) -> dict[str, Factor]:
+    """The factors of every compressed layer, and what they share, by name."""
+    return {name: module.factors for name, module in factored_layers(model)} | shared_matrices(model)
+
+
+def _is_offloaded(factors: Factor) -> bool:
+    return any(parameter.device.type == "meta" for parameter in factors.parameters())
 
 
 def _skip_initialisation(parent: nn.Module) -> None:
@@ -196,7 +241,20 @@ def _skip_initialisation(parent: nn.Module) -> None:
         parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _empty_layer(model: PreTrainedModel, name: str, layer: LayerSpec) -> FactoredLinear:
+def _check_references(layers: dict[str, LayerSpec], shared: dict[str, Leaf]) -> None:
+    """Raise where a layer refers to a shared matrix that is not described, or of another shape."""
+    for name, layer in layers.items():
+        for reference in layer.factors.references():
+            found = shared.get(reference.name)
+            if found is None or (found.rows, found.cols) != (reference.rows, reference.cols):
+                described = "nothing" if found is None else f"{found.rows} x {found.cols}"
+                raise LexigramError(
+                    f"the checkpoint is damaged: {name} shares {reference.name} as {reference.rows} x {reference.cols}, which "
+                    f"is described as {described}"
+                )
+
+
+def _empty_layer(model: PreTrainedModel, name: str, layer: LayerSpec, shared: dict[str, Factor]) -> FactoredLinear:
     try:
         original = model.get_submodule(name)
     except AttributeError:
@@ -216,5 +274,5 @@ def _empty_layer(model: PreTrainedModel, name: str, layer: LayerSpec) -> Factore
         raise LexigramError(f"the checkpoint and the model's config disagree about the bias of {name}")
     with torch.device("meta"):
         return FactoredLinear(
-            empty(layer.factors), bias if isinstance(bias, nn.Parameter) else None, transposed=layer.transposed
+            empty(layer.factors, shared), bias if isinstance(bias, nn.Parameter) else None, transposed=layer.transposed
         )

@@ -1,0 +1,261 @@
+"""What every unit loses at every size, and the allocation that follows. Fits sketches through the methods, writes no model.
+
+A few sketches of each unit are measured, sizes in between are interpolated, and a knapsack spends one budget over the whole
+model. The curves are plain data and can be kept for another ratio.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lexigram.allocation.knapsack import choose, interpolated
+from lexigram.allocation.matching import pair_distance, pairs
+from lexigram.allocation.uniform import budget, uniform
+from lexigram.allocation.units import Allocation, Unit
+from lexigram.calibration.sensitivity import output_sensitivity
+from lexigram.calibration.store import GramStore
+from lexigram.errors import LexigramError
+from lexigram.factors import DenseSpec, GroupSpec
+from lexigram.methods import (
+    AnyMethod,
+    Budget,
+    BudgetTooSmallError,
+    Member,
+    MethodConfig,
+    QuantizeConfig,
+    fit_group,
+    layout_group,
+)
+from lexigram.methods.base import sketch, variants
+from lexigram.planning import Plan
+from lexigram.recipe import UNIFORM
+from lexigram.running import Stages
+from lexigram.targets import Target
+
+MEASURED = (0.1, 0.35, 0.6, 0.8)
+"""Ratios at which a unit's error is measured by a sketch."""
+
+GRID = tuple(step / 50 for step in range(1, 46))
+"""Ratios that the knapsack chooses among; errors between the measured ones are interpolated."""
+
+SENSITIVITY_SEQUENCES = 8
+
+
+class Point(BaseModel):
+    """One measured size of one unit: each member's squared output error, as a share of its squared output."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes: int
+    errors: tuple[float, ...]
+
+
+class Curve(BaseModel):
+    """The measured points of one method on one unit."""
+
+    model_config = ConfigDict(frozen=True)
+
+    members: tuple[str, ...]
+    method: AnyMethod
+    points: tuple[Point, ...]
+
+
+class Curves(BaseModel):
+    """All that is measured before one budget can be spent; `outputs` are squared norms, `sensitivity` see the function."""
+
+    model_config = ConfigDict(frozen=True)
+
+    curves: tuple[Curve, ...]
+    outputs: dict[str, float]
+    sensitivity: dict[str, float] = {}
+
+
+def decide(
+    plan: Plan,
+    weight: Callable[[str], Tensor],
+    store: GramStore,
+    model: PreTrainedModel,
+    ids: Tensor,
+    progress: Stages,
+) -> Allocation:
+    """The allocation of a plan that left it to the weights and Grams.
+
+    Args:
+        plan: its recipe says what shares and how the budget is spent.
+        weight: a target's weight (out, in) by name.
+        store: the Grams of all sites.
+        model: the original model.
+        ids: the calibration tokens (sequences, length).
+        progress: is told about the stages.
+
+    Raises:
+        LexigramError: where the budget is too small for every choice.
+    """
+    targets = {target.name: target for target in plan.targets}
+    groups = plan.groups
+    if groups is None:
+        groups = matched_pairs(plan.targets, weight, store, progress)
+    recipe = plan.recipe
+    if recipe.allocation == UNIFORM:
+        return uniform(groups, targets, recipe.method, recipe.ratio, recipe.accounting)
+    file = _file(plan, groups, store)
+    curves = _read(file) or _measured(plan, groups, weight, store, progress)
+    if recipe.measure == "loss" and not curves.sensitivity:
+        curves = curves.model_copy(update={"sensitivity": _sensitivity(plan, model, ids, progress)})
+    file.write_text(curves.model_dump_json(), encoding="utf-8")
+    amount = budget(plan.targets, recipe.ratio, "bytes").amount
+    return knapsack(curves, groups, targets, recipe.measure, amount)
+
+
+def matched_pairs(
+    targets: Sequence[Target], weight: Callable[[str], Tensor], store: GramStore, progress: Stages
+) -> list[tuple[str, ...]]:
+    """Pairs of targets of equal input width, of any kind, that look most alike in their own metrics (GeoPair)."""
+    widths: dict[int, list[Target]] = {}
+    for target in targets:
+        widths.setdefault(target.shape[1], []).append(target)
+    found: list[tuple[str, ...]] = []
+    with progress.stage("match layers", len(targets)) as step:
+        for members in widths.values():
+            signals: dict[str, Tensor] = {}
+            distances: dict[tuple[str, str], float] = {}
+            for target in members:
+                with store.using([target.site]) as grams:
+                    own = grams[target.site].whitening.whiten(weight(target.name).float())
+                distances |= {(name, target.name): pair_distance(other, own) for name, other in signals.items()}
+                signals[target.name] = own
+                step()
+            found += pairs([member.name for member in members], distances)
+    order = {target.name: index for index, target in enumerate(targets)}
+    return sorted(found, key=lambda names: order[names[0]])
+
+
+def _measured(
+    plan: Plan,
+    groups: Sequence[Sequence[str]],
+    weight: Callable[[str], Tensor],
+    store: GramStore,
+    progress: Stages,
+) -> Curves:
+    """Sketches of every unit by every variant of the method, at the measured ratios."""
+    targets = {target.name: target for target in plan.targets}
+    found: list[Curve] = []
+    outputs: dict[str, float] = {}
+    with progress.stage("measure the layers' curves", len(groups)) as step:
+        for names in groups:
+            targeted = [targets[name] for name in names]
+            with store.using(target.site for target in targeted) as grams:
+                members = [Member(weight(target.name), grams[target.site]) for target in targeted]
+                for target, member in zip(targeted, members, strict=True):
+                    outputs[target.name] = float(member.gram.whitening.whiten(member.weight.float()).square().sum())
+                found += [
+                    _curve(plan.recipe.seed, method, targeted, members) for method in variants(plan.recipe.method)
+                ]
+            step()
+    return Curves(curves=tuple(curve for curve in found if curve.points), outputs=outputs)
+
+
+def _curve(seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member]) -> Curve:
+    dense = sum(target.dense_bytes for target in targets)
+    points: dict[int, Point] = {}
+    for ratio in MEASURED:
+        spec = _at(method, targets, int((1 - ratio) * dense))
+        if spec is None or spec.bytes in points:
+            continue
+        fitted = fit_group(sketch(method), members, spec, torch.Generator().manual_seed(seed))
+        errors = tuple(report.relative_error**2 for _, report in fitted.members)
+        points[spec.bytes] = Point(bytes=spec.bytes, errors=errors)
+    return Curve(members=tuple(t.name for t in targets), method=cast(AnyMethod, method), points=tuple(points.values()))
+
+
+def _sensitivity(plan: Plan, model: PreTrainedModel, ids: Tensor, progress: Stages) -> dict[str, float]:
+    modules = {target.name: model.get_submodule(target.name) for target in plan.targets}
+    some = ids[:SENSITIVITY_SEQUENCES]
+    with progress.stage("measure the loss's sensitivity", len(some)) as step:
+        return output_sensitivity(model, modules, some, plan.compute_dtype, lambda _done, _total: step())
+
+
+def _file(plan: Plan, groups: Sequence[Sequence[str]], store: GramStore) -> Path:
+    """Where the curves of these groups and this method lie, beside the Grams that decide about them."""
+    content = json.dumps(
+        [plan.recipe.method.model_dump(), plan.recipe.seed, [list(names) for names in groups], MEASURED]
+    )
+    return store.folder / f"curves-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+
+
+def _read(file: Path) -> Curves | None:
+    if not file.is_file():
+        return None
+    try:
+        return Curves.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise LexigramError(f"the curves {file} cannot be read: {error}; delete the file and run again") from error
+
+
+def knapsack(
+    curves: Curves, groups: Sequence[Sequence[str]], targets: dict[str, Target], measure: str, amount: int
+) -> Allocation:
+    """Spend `amount` bytes where they lower the cost most.
+
+    The cost of an error is by `measure`: its share of the output's energy (`relative`), its energy (`absolute`), or its energy
+    times the sensitivity of the loss there (`loss`).
+
+    Raises:
+        LexigramError: where the cheapest choice of all units needs more than `amount`.
+    """
+    price = {
+        name: {
+            "relative": 1.0,
+            "absolute": curves.outputs[name],
+            "loss": 0.5 * curves.outputs[name] * curves.sensitivity.get(name, 0.0),
+        }[measure]
+        for name in targets
+    }
+    offers = [_offers(curves, tuple(names), targets, price) for names in groups]
+    choice = choose([[(unit.spec.bytes, cost) for unit, cost in offer] for offer in offers], amount)
+    return Allocation(units=tuple(offer[pick][0] for offer, pick in zip(offers, choice.picks, strict=True)))
+
+
+def _offers(
+    curves: Curves, names: tuple[str, ...], targets: dict[str, Target], price: dict[str, float]
+) -> list[tuple[Unit, float]]:
+    """Every form that a unit may take, with its cost."""
+    members = [targets[name] for name in names]
+    dense = sum(member.dense_bytes for member in members)
+    keep = GroupSpec(members=tuple(DenseSpec(rows=m.shape[0], cols=m.shape[1]) for m in members))
+    # What rounding to bfloat16 does is in every form, and in the reference too.
+    found = [(Unit(members=names, method=QuantizeConfig(value_bits=16), spec=keep), 0.0)]
+    for curve in curves.curves:
+        if curve.members != names:
+            continue
+        costs = [
+            sum(price[name] * error for name, error in zip(names, point.errors, strict=True)) for point in curve.points
+        ]
+        sizes = [point.bytes for point in curve.points]
+        wanted = [
+            _at(curve.method, members, int((1 - ratio) * dense)) for ratio in (GRID if len(sizes) > 1 else (0.0,))
+        ]
+        specs = [spec for spec in wanted if spec is not None]
+        at = interpolated(sizes, costs, [spec.bytes for spec in specs])
+        found += [
+            (Unit(members=names, method=curve.method, spec=spec), cost) for spec, cost in zip(specs, at, strict=True)
+        ]
+    return found
+
+
+def _at(method: MethodConfig, members: Sequence[Target], amount: int) -> GroupSpec | None:
+    """The form within `amount` bytes; None where there is none."""
+    name = "group_" + hashlib.sha256(" ".join(member.name for member in members).encode()).hexdigest()[:8]
+    try:
+        return layout_group(method, [member.shape for member in members], Budget(amount), name)
+    except BudgetTooSmallError:
+        return None
