@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexigram
 from lexigram import CospadiConfig, LexigramError, Plan, Recipe, RunRecord, SvdConfig, compress, plan
+from lexigram.allocation.units import Allocation
 from lexigram.methods import METHODS
 from lexigram.recipe import Calibration
 
@@ -25,8 +26,13 @@ WEIGHTS = "lexigram.safetensors"
 QUICK = {"cospadi": {"name": "cospadi", "iterations": 2}}
 """Settings that only save time; a method that is not here runs with its defaults."""
 
+PAPER: dict[str, Any] = {"rho": 2.0, "value_bits": 12, "dictionary_bits": 16}
+INT8: dict[str, Any] = {"rho": 2.0, "value_bits": 8, "dictionary_bits": 8}
+"""Forms of `cospadi` whose sizes are known here, whatever the defaults are."""
+
 PROMISED = {
     "ratio",
+    "bits_per_weight",
     "bytes_before",
     "bytes_after",
     "model_bytes_before",
@@ -123,9 +129,16 @@ class TestEveryMethod:
         assert content["recipe"]["method"]["name"] == method
         assert content["versions"]["torch"] == torch.__version__
         assert content["machine"]["compute_dtype"] == "float32"
-        assert {"config.json", "recipe.yaml", "run.json", "tokenizer.json", WEIGHTS} <= {
+        assert {"allocation.json", "config.json", "recipe.yaml", "run.json", "tokenizer.json", WEIGHTS} <= {
             file.name for file in out.iterdir()
         }
+        assert set(record.files) == {file.name for file in out.iterdir()}
+        used = Allocation.read(out / "allocation.json")
+        assert used.bytes == record.bytes_after
+        assert {name: spec.model_dump() for name, spec in used.specs.items()} == {
+            layer.name: layer.factors for layer in record.layers
+        }
+        assert all(unit.method.name == method and len(unit.members) == 1 for unit in used.units)
         assert not list(out.parent.glob(".*"))  # no staging folder is left beside it
 
     def test_the_ledger_is_what_the_files_hold(self, method: str, run: Callable[..., Run], stories: Path) -> None:
@@ -145,18 +158,6 @@ class TestEveryMethod:
         assert record.model_bytes_before == sum(map(len, source.values())) // 2
         assert record.bytes_before == sum(len(source[f"{layer.name}.weight"]) for layer in record.layers) // 2
 
-    @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.77])
-    def test_the_ratio_is_kept_and_nearly_used_up(
-        self, method: str, ratio: float, recipe: Callable[..., Recipe]
-    ) -> None:
-        prepared = lexigram.plan(recipe(method, ratio=ratio))
-        for target in prepared.targets:
-            before = 2 * target.shape[0] * target.shape[1]
-            removed = 1 - prepared.specs[target.name].bytes / before
-            # A rank costs 2 (in + out) bytes; CoSpaDi's steps are finer.
-            assert ratio <= removed < ratio + 2 * sum(target.shape) / before
-        assert ratio <= 1 - prepared.bytes_after / prepared.bytes_before
-
     def test_the_figures_of_the_layers_are_sane_and_add_up(self, method: str, run: Callable[..., Run]) -> None:
         _, record = run(method)
         errors = [layer.fit.relative_error for layer in record.layers]
@@ -165,6 +166,10 @@ class TestEveryMethod:
         assert record.mean_relative_error == pytest.approx(sum(errors) / 35)
         assert record.ratio == pytest.approx(1 - record.bytes_after / record.bytes_before)
         assert record.ratio >= record.requested_ratio == 0.3
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in record.layers)
+        assert record.bits_per_weight == pytest.approx(8 * record.bytes_after / weights)
+        assert record.bits_per_weight <= 0.7 * 16
+        assert record.shared == []
         assert 0 < sum(stage.seconds for stage in record.stages.values()) <= record.seconds
         assert set(record.stages) == {"plan", "load", "calibrate", "fit", "save"}
         assert 10**8 < record.peak_memory_bytes < 10**11
@@ -191,15 +196,6 @@ class TestEveryMethod:
         assert (tmp_path / "again" / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
         assert (tmp_path / "again" / "config.json").read_bytes() == (out / "config.json").read_bytes()
 
-    def test_the_result_speaks_almost_as_well(
-        self, method: str, run: Callable[..., Run], text: str, stories: Path
-    ) -> None:
-        dense = perplexity(_dense(stories), text)
-        gentle, harsh = (perplexity(run(method, ratio=ratio)[0], text) for ratio in (0.1, 0.5))
-        assert 6 < dense < 9
-        assert dense < gentle < 5 * dense
-        assert 2 * gentle < harsh < 512  # 512 is what chance gives
-
     def test_plan_needs_no_weights_and_knows_the_sizes(
         self, method: str, run: Callable[..., Run], recipe: Callable[..., Recipe], stories: Path, tmp_path: Path
     ) -> None:
@@ -214,6 +210,77 @@ class TestEveryMethod:
             assert prepared.uncompressed_bytes + prepared.bytes_after == record.model_bytes_after
             assert [target.name for target in prepared.targets] == [layer.name for layer in record.layers]
             assert prepared.disk_bytes > record.model_bytes_after
+            assert {name: spec.model_dump() for name, spec in prepared.specs.items()} == {
+                layer.name: layer.factors for layer in record.layers
+            }
+            assert prepared.groups == [(layer.name,) for layer in record.layers]
+            assert prepared.allocation is not None
+            assert prepared.allocation.bytes == prepared.bytes_after
+            assert prepared.cache is None
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("svd", {}), ("svd", {"value_bits": 8}), ("cospadi", PAPER), ("cospadi", INT8), ("cospadi", {})],
+)
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.77])
+def test_the_ratio_is_kept_and_nearly_used_up(
+    method: str, options: dict[str, Any], ratio: float, recipe: Callable[..., Recipe]
+) -> None:
+    prepared = lexigram.plan(recipe(method, ratio=ratio, options=options))
+    for target in prepared.targets:
+        spec: Any = prepared.specs[target.name]
+        before = 2 * target.shape[0] * target.shape[1]
+        removed = 1 - spec.bytes / before
+        assert ratio <= removed
+        # Of integers, all of a weight may be less than the budget: every rank, and every coefficient.
+        rank, coefficients = min(target.shape), spec.left.count
+        whole = spec.right.codec.bits <= 8 and spec.left.cols == rank and coefficients == rank * target.shape[0]
+        # A rank costs 2 (in + out) bytes, and less in integers; CoSpaDi's steps are finer.
+        assert removed < ratio + 2 * sum(target.shape) / before or whole
+    assert ratio <= 1 - prepared.bytes_after / prepared.bytes_before
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.77, 0.85])
+def test_quantize_keeps_the_ratio_in_steps(ratio: float, recipe: Callable[..., Recipe]) -> None:
+    """Never over the budget, and the next wider integers would be."""
+    prepared = lexigram.plan(recipe("quantize", ratio=ratio))
+    widths = (2, 3, 4, 6, 8)
+    for target in prepared.targets:
+        spec: Any = prepared.specs[target.name]
+        count, cols = target.shape[0] * target.shape[1], target.shape[1]
+        groups = count // max(size for size in range(1, 129) if cols % size == 0)
+        sizes = {bits: -(-count * bits // 8) + 2 * groups + -(-groups * bits // 8) for bits in widths}
+        fitting = [bits for bits in widths if sizes[bits] <= (1 - ratio) * 2 * count]
+        assert spec.codec.bits == max(fitting)
+        assert spec.bytes == sizes[spec.codec.bits]
+    assert ratio <= 1 - prepared.bytes_after / prepared.bytes_before
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "ratios"),
+    [
+        ("svd", {}, (0.1, 0.5)),
+        ("svd", {"value_bits": 8}, (0.5, 0.75)),
+        ("cospadi", PAPER, (0.1, 0.5)),
+        ("cospadi", INT8, (0.5, 0.75)),
+        ("cospadi", {}, (0.5, 0.75)),
+        ("quantize", {}, (0.5, 0.85)),
+    ],
+)
+def test_the_result_speaks_almost_as_well(
+    method: str,
+    options: dict[str, Any],
+    ratios: tuple[float, float],
+    run: Callable[..., Run],
+    text: str,
+    stories: Path,
+) -> None:
+    dense = perplexity(_dense(stories), text)
+    gentle, harsh = (perplexity(run(method, ratio=ratio, options=options)[0], text) for ratio in ratios)
+    assert 6 < dense < 9
+    assert dense < gentle < 5 * dense
+    assert 2 * gentle < harsh < 512  # 512 is what chance gives
 
 
 def _dense(stories: Path) -> tuple[Any, Any]:
@@ -221,11 +288,15 @@ def _dense(stories: Path) -> tuple[Any, Any]:
     return source.model(), source.tokenizer()
 
 
-def test_calibrated_low_rank_beats_plain_and_dictionaries_beat_both(run: Callable[..., Run], text: str) -> None:
-    plain = perplexity(run("svd", options={"plain": True})[0], text)
-    whitened = perplexity(run("svd")[0], text)
-    dictionaries = perplexity(run("cospadi")[0], text)
-    assert dictionaries < whitened < 0.95 * plain
+@pytest.mark.parametrize(("bits", "forms", "ratio"), [(16, [PAPER], 0.3), (8, [INT8, {}], 0.6)])
+def test_calibrated_low_rank_beats_plain_and_dictionaries_beat_both(
+    bits: int, forms: list[dict[str, Any]], ratio: float, run: Callable[..., Run], text: str
+) -> None:
+    plain = perplexity(run("svd", options={"value_bits": bits, "plain": True}, ratio=ratio)[0], text)
+    whitened = perplexity(run("svd", options={"value_bits": bits}, ratio=ratio)[0], text)
+    for form in forms:
+        dictionaries = perplexity(run("cospadi", options=form, ratio=ratio)[0], text)
+        assert dictionaries < whitened < 0.95 * plain
 
 
 def test_with_plain_the_calibration_changes_the_report_but_not_the_weights(run: Callable[..., Run]) -> None:
@@ -237,13 +308,17 @@ def test_with_plain_the_calibration_changes_the_report_but_not_the_weights(run: 
     assert first.mean_relative_error != second.mean_relative_error
 
 
-def test_the_seed_decides_and_a_layer_does_not_depend_on_which_others_are_fitted(run: Callable[..., Run]) -> None:
-    columns = {"start": "columns"}
+@pytest.mark.parametrize(("form", "tensors"), [(PAPER, 3), (INT8, 7)])
+def test_the_seed_decides_and_a_layer_does_not_depend_on_which_others_are_fitted(
+    form: dict[str, Any], tensors: int, run: Callable[..., Run]
+) -> None:
+    """Of each layer a mask and the values of both sides, in integers with scales and zeros of both."""
+    columns = {"start": "columns", **form}
     whole = file_tensors(run("cospadi", options=columns)[0] / WEIGHTS)
     queries = file_tensors(run("cospadi", options=columns, include=["q_proj"])[0] / WEIGHTS)
     other = file_tensors(run("cospadi", options=columns, include=["q_proj"], seed=7)[0] / WEIGHTS)
     names = [name for name in queries if ".q_proj.factors." in name]
-    assert len(names) == 5 * 3
+    assert len(names) == 5 * tensors
     assert all(whole[name] == queries[name] for name in names)
     assert all(other[name] != queries[name] for name in names)
 
@@ -298,14 +373,14 @@ def test_the_accounting_of_the_paper(recipe: Callable[..., Recipe]) -> None:
             k = math.floor(math.floor((1 - ratio) * inner * out) / (inner + out / rho))
             assert (spec.left.rows, spec.left.cols, spec.right.cols) == (out, k, inner)
             assert spec.left.nonzeros == math.floor(k / rho) * out
-            assert spec.left.codec.bits == 14
+            assert (spec.left.codec.bits, spec.right.codec.bits) == (14, 16)
     for target in (low := lexigram.plan(recipe("svd", ratio=0.2, accounting="paper"))).targets:
         out, inner = target.shape
         assert low.specs[target.name].left.cols == math.floor(math.floor(0.8 * inner * out) / (inner + out))
 
 
 def test_the_papers_accounting_end_to_end(run: Callable[..., Run], text: str) -> None:
-    out, record = run("cospadi", accounting="paper", ratio=0.2)
+    out, record = run("cospadi", accounting="paper", ratio=0.2, options={"rho": 2.0})
     assert record.parameter_ratio >= 0.2
     assert record.model_bytes_after == sum(map(len, file_tensors(out / WEIGHTS).values()))
     assert perplexity(out, text) < 20
@@ -313,10 +388,33 @@ def test_the_papers_accounting_end_to_end(run: Callable[..., Run], text: str) ->
 
 def test_fourteen_bits_weigh_less_a_value(run: Callable[..., Run]) -> None:
     for stored, slack in ((14, 0.05), (16, 0)):  # 14-bit values fill up their last byte
-        _, record = run("cospadi", options={"coefficient_bits": stored})
+        _, record = run("cospadi", options={**PAPER, "value_bits": stored})
         values = sum(layer.factors["left"]["nonzeros"] for layer in record.layers)
         assert stored <= 8 * record.bytes_by_kind["sparse values"] / values <= stored + slack
         assert record.ratio >= 0.3
+
+
+@pytest.mark.parametrize(("bits", "slack"), [(8, 0), (6, 0.05), (4, 0.05)])
+def test_integers_weigh_what_they_say_and_each_group_a_scale_and_a_zero(
+    bits: int, slack: float, run: Callable[..., Run]
+) -> None:
+    _, record = run("cospadi", options={**INT8, "value_bits": bits}, ratio=0.5)
+    counts = [layer.factors["left"]["nonzeros"] for layer in record.layers]
+    values, groups = sum(counts), sum(-(-count // 128) for count in counts)
+    kinds = record.bytes_by_kind
+    assert bits <= 8 * kinds["sparse values"] / values <= bits + slack
+    assert kinds["sparse scales"] == 2 * groups
+    assert bits * groups <= 8 * kinds["sparse zeros"] < bits * groups + 8 * len(counts)
+    entries = [layer.factors["right"]["rows"] * layer.factors["right"]["cols"] for layer in record.layers]
+    assert kinds["dense values"] == sum(entries)
+    assert kinds["dense scales"] == 2 * kinds["dense zeros"]
+    assert set(kinds) == {
+        f"{form} {part}" for form in ("sparse", "dense") for part in ("values", "scales", "zeros")
+    } | {
+        "sparse mask",
+        "not compressed",
+    }
+    assert record.ratio >= 0.5
 
 
 def test_load_and_from_pretrained_agree_and_evaluate_compares_with_the_original(

@@ -8,21 +8,21 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from lexigram.calibration.gram import Gram, GramAccumulator
-from lexigram.factors import Dense, Factor, Integer, factor_spec
+from lexigram.factors import Dense, DenseSpec, Factor, Integer, factor_spec
 from lexigram.methods import AnyMethod, Budget, BudgetTooSmallError, FitReport, QuantizeConfig, fit, layout
 
 CONFIGS: dict[str, QuantizeConfig] = {
-    "gptq": QuantizeConfig(),
-    "gptq natural order": QuantizeConfig(order="natural"),
-    "gptq symmetric": QuantizeConfig(symmetric=True),
-    "gptq min-max": QuantizeConfig(clip=False),
+    "gptq": QuantizeConfig(value_bits=4),
+    "gptq natural order": QuantizeConfig(value_bits=4, order="natural"),
+    "gptq symmetric": QuantizeConfig(value_bits=4, symmetric=True),
+    "gptq min-max": QuantizeConfig(value_bits=4, clip=False),
     "gptq 2 bits": QuantizeConfig(value_bits=2, value_group=32),
     "gptq 3 bits": QuantizeConfig(value_bits=3, value_group=16),
     "gptq 6 bits": QuantizeConfig(value_bits=6),
     "gptq 8 bits": QuantizeConfig(value_bits=8),
-    "gptq no damping": QuantizeConfig(damping=0.0),
-    "nearest": QuantizeConfig(rounding="nearest"),
-    "nearest min-max": QuantizeConfig(rounding="nearest", clip=False),
+    "gptq no damping": QuantizeConfig(value_bits=4, damping=0.0),
+    "nearest": QuantizeConfig(value_bits=4, rounding="nearest"),
+    "nearest min-max": QuantizeConfig(value_bits=4, rounding="nearest", clip=False),
 }
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
@@ -64,8 +64,8 @@ def output_error(weight: Tensor, factors: Factor, X: Tensor) -> float:
 @pytest.mark.parametrize(
     ("shape", "config", "group", "expected"),
     [
-        ((10, 256), QuantizeConfig(), 128, 10 * 256 // 2 + 2 * 20 + 10),
-        ((10, 256), QuantizeConfig(symmetric=True), 128, 10 * 256 // 2 + 2 * 20),
+        ((10, 256), QuantizeConfig(value_bits=4), 128, 10 * 256 // 2 + 2 * 20 + 10),
+        ((10, 256), QuantizeConfig(value_bits=4, symmetric=True), 128, 10 * 256 // 2 + 2 * 20),
         ((9, 576), QuantizeConfig(value_bits=3), 96, 9 * 576 * 3 // 8 + 2 * 54 + 21),  # 54 zeros of 3 bits
         ((5, 7), QuantizeConfig(value_bits=2), 7, 9 + 2 * 5 + 2),  # 35 values and 5 zeros of 2 bits
         ((3, 50), QuantizeConfig(value_bits=8, value_group=16), 10, 150 + 2 * 15 + 15),
@@ -80,10 +80,38 @@ def test_one_size_whatever_the_budget(
     for amount in (needed, needed + 1, 100 * needed):
         spec: Any = layout(config, shape, Budget(amount, unit))
         assert spec.bytes == expected
-        assert spec.codec == Integer(bits=config.value_bits, value_group=group, symmetric=config.symmetric)
+        assert spec.codec == Integer(bits=config.value_bits, group=group, symmetric=config.symmetric)
         assert factor_spec.validate_json(spec.model_dump_json()) == spec
     with pytest.raises(BudgetTooSmallError, match=f"of {needed - 1} {unit} is too small.*need {needed};"):
         layout(config, shape, Budget(needed - 1, unit))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_without_bits_it_is_the_most_within_the_budget(symmetric: bool) -> None:
+    """To the byte: of every budget the widest integers that are not larger, 16 bits being plain bfloat16."""
+    shape, groups = (12, 256), 24
+    config = QuantizeConfig(symmetric=symmetric)
+    sizes = {16: 2 * 12 * 256}
+    for bits in (8, 6, 4, 3, 2):
+        sizes[bits] = 12 * 256 * bits // 8 + 2 * groups + (0 if symmetric else groups * bits // 8)
+    for bits, needed in sizes.items():
+        same = layout(config.model_copy(update={"value_bits": bits}), shape, Budget(needed))
+        for amount in (needed, needed + 1):
+            spec: Any = layout(config, shape, Budget(amount))
+            assert spec == same
+            assert (spec.bytes, spec.codec.bits) == (needed, bits)
+        smaller = [size for size in sizes.values() if size < needed]
+        if smaller:
+            assert layout(config, shape, Budget(needed - 1)).bytes == max(smaller)
+    with pytest.raises(BudgetTooSmallError, match=f"too small.*need {sizes[2]};"):
+        layout(config, shape, Budget(sizes[2] - 1))
+
+
+def test_of_a_few_values_scales_are_dearer_than_16_bits() -> None:
+    """A value of 2 bits with its scale and zero takes 4 bytes, in bfloat16 it takes 2: that is the smallest form."""
+    assert layout(QuantizeConfig(), (1, 1), Budget(2)) == DenseSpec(rows=1, cols=1)
+    with pytest.raises(BudgetTooSmallError, match="need 2;"):
+        layout(QuantizeConfig(), (1, 1), Budget(1))
 
 
 # --- the fit -----------------------------------------------------------------------------------------------------
@@ -97,7 +125,31 @@ def test_the_reported_error_is_that_of_the_outputs(name: str) -> None:
     assert report.relative_error == pytest.approx(output_error(weight, factors, X), rel=1e-3)
     assert report.objective == [report.relative_error**2]
     assert (report.iterations, report.status, report.gram_rank) == (1, "converged", 64)
-    assert report.message.startswith(f"{CONFIGS[name].bits} bits, ")
+    assert report.message.startswith(f"{CONFIGS[name].value_bits} bits, ")
+
+
+@pytest.mark.parametrize(("bits", "ratio"), [(8, 0.3), (4, 0.7), (2, 0.8)])
+def test_without_bits_the_values_are_those_of_the_bits_that_fit(bits: Any, ratio: float) -> None:
+    weight, X = normal(48, 64), correlated()
+    budget = Budget(int((1 - ratio) * 2 * 48 * 64))
+    stored = []
+    for config in (QuantizeConfig(), QuantizeConfig(value_bits=bits)):
+        factors, report = fit(config, weight, gram_of(X), layout(config, (48, 64), budget), torch.Generator())
+        assert report.message.startswith(f"{bits} bits, ")
+        assert report.relative_error == pytest.approx(output_error(weight, factors, X), rel=1e-3)
+        stored.append(factors.state_dict())
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
+
+
+def test_16_bits_are_the_nearest_bfloat16() -> None:
+    weight, X = normal(48, 64), correlated()
+    factors, report = run(QuantizeConfig(value_bits=16), weight, X)
+    assert torch.equal(factors.to_dense(), weight.bfloat16().float())
+    assert report.message == "16 bits, rounded to nearest"
+    assert report.relative_error == pytest.approx(output_error(weight, factors, X), rel=1e-3)
+    same, _ = run(QuantizeConfig(), weight, X)  # no budget to speak of
+    assert torch.equal(factors.to_dense(), same.to_dense())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -222,8 +274,10 @@ def test_unknown_keys_and_values_are_refused() -> None:
     any_method: TypeAdapter[Any] = TypeAdapter(AnyMethod)
     assert any_method.validate_python({"name": "quantize", "value_bits": 3}) == QuantizeConfig(value_bits=3)
     for data, message in (
-        ({"bits": 5}, "bits"),
-        ({"group": 0}, "group"),
+        ({"value_bits": 5}, "value_bits"),
+        ({"value_group": 0}, "value_group"),
+        ({"bits": 4}, "bits"),
+        ({"group": 128}, "group"),
         ({"rounding": "stochastic"}, "rounding"),
         ({"order": "random"}, "order"),
         ({"damping": -0.1}, "damping"),

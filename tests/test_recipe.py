@@ -1,5 +1,6 @@
 """Recipes: plain data in and out, which setting wins, and what is said about a wrong key."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +9,38 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lexigram import Calibration, CospadiConfig, LexigramError, Recipe, SvdConfig
-from lexigram.cli import PresetName, _recipe
+from lexigram import Calibration, CospadiConfig, LexigramError, QuantizeConfig, Recipe, SvdConfig
 from lexigram.methods import METHODS, PRESETS
+from lexigram.recipe import merge
 
-
-@given(
+BITS = [2, 3, 4, 6, 8, 10, 12, 14, 16]
+OTHERS = st.one_of(
+    st.builds(SvdConfig, plain=st.booleans(), value_bits=st.sampled_from(BITS)),
     st.builds(
+        QuantizeConfig,
+        value_bits=st.sampled_from([None, 2, 3, 4, 6, 8, 16]),
+        symmetric=st.booleans(),
+        rounding=st.sampled_from(["gptq", "nearest"]),
+    ),
+)
+
+
+def dictionaries(**changes: Any) -> st.SearchStrategy[CospadiConfig]:
+    return st.builds(
+        CospadiConfig,
+        rho=st.floats(1, 8),
+        coding=st.sampled_from(["htp", "omp"]),
+        htp_rounds=st.none() | st.integers(1, 3),
+        tolerance=st.sampled_from([0, 1e-3, 1e-12]),
+        **changes,
+    )
+
+
+def recipes(**changes: Any) -> st.SearchStrategy[Recipe]:
+    return st.builds(
         Recipe,
         model=st.sampled_from(["demo", "owner/name", "./folder: with # signs", "ünï 'quoted'"]),
-        method=st.one_of(
-            st.builds(SvdConfig, plain=st.booleans()),
-            st.builds(
-                CospadiConfig,
-                rho=st.floats(1, 8),
-                coefficient_bits=st.just(14),
-                coding=st.sampled_from(["htp", "omp"]),
-                tolerance=st.sampled_from([0, 1e-3, 1e-12]),
-            ),
-        ),
         ratio=st.floats(0.01, 0.99),
-        accounting=st.sampled_from(["bytes", "paper"]),
         calibration=st.builds(
             Calibration,
             text=st.lists(st.sampled_from(["self", "demo", "a.txt", "null", "1", "yes"]), min_size=1).map(tuple),
@@ -36,9 +48,35 @@ from lexigram.methods import METHODS, PRESETS
         ),
         include=st.lists(st.sampled_from(["q_proj", "*.mlp.*"])).map(tuple),
         seed=st.integers(0, 2**40),
+        **changes,
+    )
+
+
+FREE = dictionaries(
+    value_bits=st.sampled_from(BITS), dictionary_bits=st.sampled_from(BITS), metric=st.sampled_from(["exact", "mean"])
+)
+FILES = st.sampled_from(["knapsack", "uniform", "a/allocation.json", "null", "1"])
+
+
+@given(
+    st.one_of(
+        recipes(method=OTHERS | FREE, allocation=FILES, measure=st.sampled_from(["loss", "relative", "absolute"])),
+        recipes(
+            method=OTHERS | FREE,
+            share=st.sampled_from(["none", "consecutive", "site"]),
+            group=st.integers(2, 9),
+            allocation=FILES,
+        ),
+        recipes(method=OTHERS | FREE, share=st.just("matched"), allocation=FILES),
+        recipes(method=OTHERS | FREE, share=st.sampled_from(["none", "site"]), sequential=st.booleans()),
+        recipes(
+            method=OTHERS | dictionaries() | dictionaries(value_bits=st.just(14), dictionary_bits=st.just(16)),
+            accounting=st.just("paper"),
+            allocation=st.sampled_from(["uniform", "a/allocation.json"]),
+        ),
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_yaml_round_trip(recipe: Recipe) -> None:
     assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
 
@@ -52,32 +90,32 @@ def test_a_written_recipe_leaves_nothing_to_defaults(tmp_path: Path) -> None:
     assert content["calibration"].keys() == Calibration.model_fields.keys()
 
 
-def settings_of(tmp_path: Path, content: dict[str, Any] | None, **options: Any) -> Recipe:
-    """What the command line makes of a recipe file and options."""
-    file = None
-    if content is not None:
-        file = tmp_path / "r.yaml"
-        file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    preset = options.pop("preset", None)
-    return _recipe(
-        "demo",
-        file,
-        PresetName(preset) if preset else None,
-        options.pop("method", {}),
-        options.pop("calibration", {}),
-        **options,
+def merged(
+    content: dict[str, Any],
+    *,
+    preset: str | None = None,
+    method: dict[str, Any] | None = None,
+    calibration: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Recipe:
+    """What a recipe's content and options give, for the model `demo`."""
+    return merge(
+        content,
+        preset=preset,
+        method=method or {},
+        calibration=calibration or {},
+        settings={"model": "demo", **settings},
     )
 
 
-def test_options_win_over_the_preset_over_the_recipe_over_defaults(tmp_path: Path) -> None:
+def test_options_win_over_the_preset_over_the_recipe_over_defaults() -> None:
     content = {
         "ratio": 0.4,
         "seed": 5,
         "method": {"coding": "htp", "rho": 3.0},
         "calibration": {"length": 99, "seed": 8},
     }
-    got = settings_of(
-        tmp_path,
+    got = merged(
         content,
         preset="published",
         method={"rho": 4.0, "tolerance": None},
@@ -94,34 +132,46 @@ def test_options_win_over_the_preset_over_the_recipe_over_defaults(tmp_path: Pat
     assert (got.calibration.seed, got.calibration.length, got.calibration.sequences) == (9, 99, 64)
 
 
-@pytest.mark.parametrize("content", [None, {"seed": 5, "calibration": {"seed": 8}}])
-def test_a_seed_is_for_the_calibration_too_unless_that_has_its_own(content: Any, tmp_path: Path) -> None:
-    both = settings_of(tmp_path, content, calibration={"seed": None}, seed=3)
+@pytest.mark.parametrize("content", [{}, {"seed": 5, "calibration": {"seed": 8}}])
+def test_a_seed_is_for_the_calibration_too_unless_that_has_its_own(content: dict[str, Any]) -> None:
+    both = merged(content, calibration={"seed": None}, seed=3)
     assert (both.seed, both.calibration.seed) == (3, 3)
-    each = settings_of(tmp_path, content, calibration={"seed": 0}, seed=3)
+    each = merged(content, calibration={"seed": 0}, seed=3)
     assert (each.seed, each.calibration.seed) == (3, 0)
-    neither = settings_of(tmp_path, content, calibration={"seed": None}, seed=None)
+    neither = merged(content, calibration={"seed": None}, seed=None)
     assert (neither.seed, neither.calibration.seed) == ((5, 8) if content else (42, 0))
 
 
-def test_without_anything_the_defaults_are_the_fast_preset(tmp_path: Path) -> None:
-    assert settings_of(tmp_path, None) == Recipe(model="demo", method=PRESETS["fast"])
-    assert settings_of(tmp_path, {}) == Recipe(model="demo")
-    assert settings_of(tmp_path, None, preset="published").method == PRESETS["published"]
+def test_without_anything_the_defaults_are_the_fast_preset() -> None:
+    assert merged({}) == Recipe(model="demo", method=PRESETS["fast"]) == Recipe(model="demo")
+    assert merged({}, preset="published").method == PRESETS["published"]
 
 
-def test_another_method_on_the_command_line_leaves_the_recipes_options_behind(tmp_path: Path) -> None:
-    got = settings_of(tmp_path, {"method": {"name": "cospadi", "rho": 3.0}, "ratio": 0.4}, method={"name": "svd"})
+def test_another_method_on_the_command_line_leaves_the_recipes_options_behind() -> None:
+    got = merged({"method": {"name": "cospadi", "rho": 3.0}, "ratio": 0.4}, method={"name": "svd"})
     assert got.method == SvdConfig()
     assert got.ratio == 0.4
-    kept = settings_of(tmp_path, {"method": {"name": "svd", "plain": True}}, method={"name": "svd"})
+    kept = merged({"method": {"name": "svd", "plain": True}}, method={"name": "svd"})
     assert kept.method == SvdConfig(plain=True)
 
 
-def test_a_preset_beside_another_method_is_refused_and_wins_over_a_recipes_method(tmp_path: Path) -> None:
+def test_a_recipe_that_names_no_method_means_the_default_one() -> None:
+    content = {"method": {"rho": 3.0}}
+    assert merged(content, method={"name": "cospadi"}).method == CospadiConfig(rho=3.0)
+    assert merged(content, method={"name": "svd"}).method == SvdConfig()
+
+
+def test_merging_leaves_what_it_is_given_as_it_was() -> None:
+    content = {"method": {"name": "cospadi", "rho": 3.0}, "calibration": {"seed": 8}, "ratio": 0.4}
+    before = copy.deepcopy(content)
+    merged(content, preset="published", method={"rho": 4.0}, calibration={"length": 99}, seed=3, ratio=0.5)
+    assert content == before
+
+
+def test_a_preset_beside_another_method_is_refused_and_wins_over_a_recipes_method() -> None:
     with pytest.raises(LexigramError, match=r"--preset fast is a solver of cospadi; leave it out for the method svd"):
-        settings_of(tmp_path, {}, preset="fast", method={"name": "svd"})
-    assert settings_of(tmp_path, {"method": {"name": "svd"}}, preset="fast").method == PRESETS["fast"]
+        merged({}, preset="fast", method={"name": "svd"})
+    assert merged({"method": {"name": "svd"}}, preset="fast").method == PRESETS["fast"]
 
 
 def test_a_single_name_needs_no_list() -> None:
@@ -140,7 +190,7 @@ def test_a_single_name_needs_no_list() -> None:
         ),
         (
             {"method": {"name": "svd", "rho": 3}},
-            "unknown key 'method.rho' of the method svd; the keys here are name, plain",
+            "unknown key 'method.rho' of the method svd; the keys here are " + ", ".join(SvdConfig.model_fields),
         ),
         ({"zzzz": 1}, "unknown key 'zzzz'; the keys here are model, method, ratio,"),
         ({"method": {"name": "cospady"}}, "unknown method 'cospady'; the methods are " + ", ".join(METHODS)),
@@ -149,8 +199,29 @@ def test_a_single_name_needs_no_list() -> None:
         ({"ratio": float("nan")}, "ratio is nan; it should be "),
         ({"ratio": "much"}, "ratio is 'much'; it should be a valid number"),
         ({"method": {"name": "cospadi", "rho": 0.5}}, "method.rho is 0.5; it should be greater than or equal to 1"),
-        ({"method": {"name": "cospadi", "coding": "OMP"}}, "method.coding is 'OMP'; it should be 'htp' or 'omp'"),
+        (
+            {"method": {"name": "cospadi", "coding": "OMP"}},
+            "method.coding is 'OMP'; it should be 'htp', 'omp' or 'threshold'",
+        ),
         ({"calibration": {"length": 1}}, "calibration.length is 1; it should be greater than or equal to 2"),
+        (
+            {"method": {"name": "cospadi", "dictionary_bits": 5}},
+            "method.dictionary_bits is 5; it should be 2, 3, 4, 6, 8, 10, 12, 14 or 16",
+        ),
+        (
+            {"method": {"name": "quantize", "group": 64}},
+            "unknown key 'method.group' of the method quantize; did you mean 'value_group'?",
+        ),
+        ({"group": 1}, "group is 1; it should be greater than or equal to 2"),
+        ({"share": "all"}, "share is 'all'; it should be 'none', 'consecutive', 'matched' or 'site'"),
+        ({"measure": "kl"}, "measure is 'kl'; it should be 'loss', 'relative' or 'absolute'"),
+        (
+            {"share": "consecutive", "sequential": True},
+            "sequential calibration needs a layer's factors before the next layer is run, and share 'consecutive' gives",
+        ),
+        ({"share": "matched", "sequential": True}, "sequential calibration needs a layer's factors before the next"),
+        ({"accounting": "paper", "allocation": "knapsack"}, "the knapsack counts stored bytes; leave the accounting"),
+        ({"share": "matched", "group": 3}, "matched groups are pairs; leave group out"),
         ({"dtype": "int8"}, "dtype is 'int8'; it should be 'bfloat16', 'float16' or 'float32'"),
         ({"model": None}, "model is None; it should be a valid string"),
     ],
@@ -198,10 +269,17 @@ def test_a_recipe_cannot_be_changed() -> None:
         Recipe(model="m").ratio = 0.5  # type: ignore[misc]
 
 
-def test_the_papers_accounting_goes_with_14_bits() -> None:
-    """Left open it becomes 14, so that the recipe beside a result says what was stored; another value is refused."""
+def test_the_papers_accounting_goes_with_14_bits_and_a_bfloat16_dictionary() -> None:
+    """Left open they become that, so that the recipe beside a result says what was stored; other values are refused."""
     recipe = Recipe(model="demo", accounting="paper")
-    assert recipe.method == CospadiConfig(coefficient_bits=14)
+    assert recipe.method == CospadiConfig(value_bits=14, dictionary_bits=16)
     assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
-    with pytest.raises(LexigramError, match="set coefficient_bits to 14"):
-        Recipe.parse({"model": "demo", "accounting": "paper", "method": {"name": "cospadi", "coefficient_bits": 16}})
+    for options in ({"value_bits": 14}, {"dictionary_bits": 16}, {"value_bits": 14, "dictionary_bits": 16}):
+        given = Recipe.parse({"model": "demo", "accounting": "paper", "method": {"name": "cospadi", **options}})
+        assert given == recipe
+    for key, right, wrong in (("value_bits", 14, 16), ("value_bits", 14, 8), ("dictionary_bits", 16, 8)):
+        with pytest.raises(LexigramError, match=f"stores {key} of {right}; set {key} to that, or leave it out"):
+            Recipe.parse({"model": "demo", "accounting": "paper", "method": {"name": "cospadi", key: wrong}})
+    published = merged({}, preset="published", accounting="paper")
+    assert published.method == PRESETS["published"]
+    assert merged({}, method={"name": "svd"}, accounting="paper").method == SvdConfig()

@@ -8,8 +8,19 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from lexigram import Plan, Recipe, RunRecord, report
-from lexigram.factors import Bfloat, DenseSpec, FactorSpec, ProductSpec, SparseSpec
+from lexigram import CospadiConfig, Plan, Recipe, RunRecord, SvdConfig, report
+from lexigram.allocation.units import Allocation, Unit
+from lexigram.factors import (
+    Bfloat,
+    Codec,
+    DenseSpec,
+    FactorSpec,
+    GroupSpec,
+    Integer,
+    ProductSpec,
+    SharedSpec,
+    SparseSpec,
+)
 from lexigram.records import LayerRecord
 from lexigram.targets import Target
 
@@ -30,9 +41,16 @@ def low_rank(shape: tuple[int, int], rank: int) -> ProductSpec:
     return ProductSpec(left=DenseSpec(rows=shape[0], cols=rank), right=DenseSpec(rows=rank, cols=shape[1]))
 
 
-def dictionary(shape: tuple[int, int], atoms: int, sparsity: int, bits: Any = 16) -> ProductSpec:
-    left = SparseSpec(rows=shape[0], cols=atoms, nonzeros=sparsity * shape[0], codec=Bfloat(bits=bits))
-    return ProductSpec(left=left, right=DenseSpec(rows=atoms, cols=shape[1]))
+def dictionary(
+    shape: tuple[int, int], atoms: int, sparsity: int, bits: Any = 16, codec: Codec | None = None
+) -> ProductSpec:
+    left = SparseSpec(rows=shape[0], cols=atoms, nonzeros=sparsity * shape[0], codec=codec or Bfloat(bits=bits))
+    return ProductSpec(left=left, right=DenseSpec(rows=atoms, cols=shape[1], codec=codec or Bfloat()))
+
+
+def sharing(shape: tuple[int, int], atoms: int, sparsity: int, codec: Codec) -> ProductSpec:
+    left = SparseSpec(rows=shape[0], cols=atoms, nonzeros=sparsity * shape[0], codec=codec)
+    return ProductSpec(left=left, right=SharedSpec(name="group_0", rows=atoms, cols=shape[1]))
 
 
 def layer(name: str, index: int | None, error: float, spec: ProductSpec | None = None) -> LayerRecord:
@@ -77,6 +95,7 @@ def record(**changes: Any) -> RunRecord:
         "calibration_tokens": 1,
         "requested_ratio": 0.2,
         "ratio": 0.204,
+        "bits_per_weight": 12.7364,
         "parameter_ratio": 0.25,
         "bytes_before": 10_000,
         "bytes_after": 7_960,
@@ -123,7 +142,32 @@ def test_sizes(count: float, said: str) -> None:
         (low_rank((576, 1536), 230), "rank 230"),
         (dictionary((1536, 576), 306, 153), "k 306 s 153"),
         (dictionary((1536, 576), 306, 153, bits=14), "k 306 s 153 14-bit"),
+        (dictionary((1536, 576), 306, 153, codec=Integer(bits=8)), "k 306 s 153 int8 x int8"),
+        (
+            ProductSpec(
+                left=SparseSpec(rows=1536, cols=306, nonzeros=153 * 1536, codec=Integer(bits=4)),
+                right=DenseSpec(rows=306, cols=576),
+            ),
+            "k 306 s 153 int4",
+        ),
+        (
+            ProductSpec(
+                left=SparseSpec(rows=1536, cols=306, nonzeros=153 * 1536),
+                right=DenseSpec(rows=306, cols=576, codec=Integer(bits=6)),
+            ),
+            "k 306 s 153 x int6",
+        ),
+        (sharing((1536, 576), 306, 153, Integer(bits=8)), "k 306 s 153 int8 shared"),
+        (sharing((1536, 576), 306, 153, Bfloat()), "k 306 s 153 shared"),
+        (
+            ProductSpec(
+                left=DenseSpec(rows=576, cols=230, codec=Integer(bits=8)),
+                right=SharedSpec(name="group_1", rows=230, cols=1536),
+            ),
+            "rank 230 int8 shared",
+        ),
         (DenseSpec(rows=3, cols=4), "dense 3x4"),
+        (DenseSpec(rows=3, cols=4, codec=Integer(bits=4, symmetric=True)), "dense 3x4 int4"),
         (SparseSpec(rows=4, cols=9, nonzeros=10), "sparse 4x9, 2.5 a row"),
         (
             ProductSpec(left=SparseSpec(rows=4, cols=4, nonzeros=8), right=SparseSpec(rows=4, cols=9, nonzeros=4)),
@@ -142,6 +186,7 @@ def test_the_bytes_table_shows_every_kind_largest_first_and_the_sums() -> None:
     assert [row[0] for row in rows[1:5]] == ["not compressed", "dense values", "sparse values", "sparse mask"]
     assert rows[5] == ["model", "1,210,305", "99.8% of before"]
     assert rows[6] == ["compressed layers", "7,960", "79.6% of before"]
+    assert rows[7:] == [["bits a weight", "12.736", ""]]
 
 
 def test_the_error_map_has_a_row_a_layer_and_a_column_a_kind() -> None:
@@ -200,28 +245,78 @@ def test_forms_that_differ_within_a_kind_have_rows_of_their_own() -> None:
     assert seven == ["1", "q_proj", "64x32", "rank 7", "1.3 kB", "0.2000", "0.2000"]
 
 
-def test_the_plan_has_a_row_a_form_and_the_bytes_of_its_layers() -> None:
-    names = [f"model.layers.{i}.q_proj" for i in range(3)]
-    targets = [Target(name, (64, 32), i, name, transposed=False, bias=False) for i, name in enumerate(names)]
+def plan_of(units: list[Unit] | None, bytes_after: int) -> Plan:
+    """A plan for three layers, with its allocation or still without."""
+    targets = [Target(name, (64, 32), i, name, transposed=False, bias=False) for i, name in enumerate(NAMES)]
+    allocation = None if units is None else Allocation(units=tuple(units))
     plan = SimpleNamespace(
         recipe=Recipe(model="[m]"),
         targets=targets,
-        specs={name: low_rank((64, 32), rank) for name, rank in zip(names, (5, 7, 5), strict=True)},
+        allocation=allocation,
+        specs={} if allocation is None else allocation.specs,
         bytes_before=12_288,
-        bytes_after=3_264,
+        bytes_after=bytes_after,
         uncompressed_bytes=1_000,
     )
-    _, five, seven, everything, rest = cells(report.plan_table(cast("Plan", plan)))
+    return cast("Plan", plan)
+
+
+NAMES = [f"model.layers.{i}.q_proj" for i in range(3)]
+
+
+def test_the_plan_has_a_row_a_form_and_the_bytes_of_its_layers() -> None:
+    units = [
+        Unit(members=(name,), method=SvdConfig(), spec=GroupSpec(members=(low_rank((64, 32), rank),)))
+        for name, rank in zip(NAMES, (5, 7, 5), strict=True)
+    ]
+    _, five, seven, everything, rest = cells(report.plan_table(plan_of(units, 3_264)))
     assert five == ["2", "q_proj", "64x32", "rank 5", "8.2 kB", "1.9 kB"]
     assert seven == ["1", "q_proj", "64x32", "rank 7", "4.1 kB", "1.3 kB"]
     assert everything == ["3", "all", "", "", "12.3 kB", "3.3 kB"]
     assert rest == ["", "rest", "", "bfloat16", "1.0 kB", "1.0 kB"]
 
 
+def test_the_plan_counts_what_layers_share_in_a_row_of_its_own() -> None:
+    codec = Integer(bits=8, group=32)
+    pair = tuple(sharing((64, 32), 20, 10, codec) for _ in range(2))
+    shared = DenseSpec(rows=20, cols=32, codec=codec)
+    units = [
+        Unit(members=tuple(NAMES[:2]), method=CospadiConfig(), spec=GroupSpec(members=pair, shared=shared)),
+        Unit(
+            members=(NAMES[2],),
+            method=CospadiConfig(),
+            spec=GroupSpec(members=(dictionary((64, 32), 20, 10, codec=codec),)),
+        ),
+    ]
+    _, two, one, dictionaries, everything, _ = cells(report.plan_table(plan_of(units, 3_560)))
+    # 640 values in 20 groups with 3 bytes each, 64 x 20 / 8 bytes of masks.
+    assert two == ["2", "q_proj", "64x32", "k 20 s 10 int8 shared", "8.2 kB", "1.7 kB"]
+    assert one == ["1", "q_proj", "64x32", "k 20 s 10 int8 x int8", "4.1 kB", "1.6 kB"]
+    assert dictionaries == ["1", "shared", "", "dictionaries", "", "700 B"]
+    assert everything == ["3", "all", "", "", "12.3 kB", "3.6 kB"]
+
+
+def test_a_plan_that_waits_for_the_grams_says_so() -> None:
+    _, queries, everything, rest = cells(report.plan_table(plan_of(None, 9_830)))
+    assert queries == ["3", "q_proj", "64x32", "by the Grams", "12.3 kB", ""]
+    assert everything == ["3", "all", "", "", "12.3 kB", "9.8 kB"]
+    assert rest == ["", "rest", "", "bfloat16", "1.0 kB", "1.0 kB"]
+
+
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_whole_llama_fits_the_terminal(width: int) -> None:
+@pytest.mark.parametrize(
+    ("spec", "figures"),
+    [
+        (dictionary((11008, 4096), 1234, 617, bits=14), ("k 1234 s 617", "11008x4096", "23.7 MB")),
+        (
+            dictionary((11008, 4096), 1234, 617, codec=Integer(bits=8)),
+            ("k 1234 s 617", "int8 x int8", "11008x4096", "13.8 MB"),
+        ),
+    ],
+    ids=["14 bits", "int8"],
+)
+def test_a_whole_llama_fits_the_terminal(spec: ProductSpec, figures: tuple[str, ...], width: int) -> None:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    spec = dictionary((11008, 4096), 1234, 617, bits=14)
     layers = [layer(f"model.layers.{i}.x.{kind}", i, 0.1234, spec) for i in range(3) for kind in kinds]
     for table, lines in ((report.forms_table(layers), 7), (report.error_map(layers), 3)):
         drawn = shown(table, width).splitlines()
@@ -229,7 +324,7 @@ def test_a_whole_llama_fits_the_terminal(width: int) -> None:
         assert sum("0.1234" in line for line in drawn) == lines
         assert "…" not in shown(table, width)
     forms = shown(report.forms_table(layers), width)
-    for figure in ("k 1234 s 617", "11008x4096", "23.7 MB"):
+    for figure in figures:
         assert forms.count(figure) == 7
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate
-from lexigram.methods import CospadiConfig, SvdConfig
+from lexigram.methods import CospadiConfig, QuantizeConfig, SvdConfig
 from lexigram.pipeline import compress
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Calibration, Recipe
@@ -24,6 +24,7 @@ __all__ = [
     "Evaluation",
     "LexigramError",
     "Plan",
+    "QuantizeConfig",
     "Recipe",
     "RunRecord",
     "Source",

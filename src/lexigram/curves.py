@@ -197,8 +197,9 @@ def _read(file: Path) -> Curves | None:
         return None
     try:
         return Curves.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise LexigramError(f"the curves {file} cannot be read: {error}; delete the file and run again") from error
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise LexigramError(f"the curves {file} cannot be read: {reason}; delete the file and run again") from error
 
 
 def knapsack(

@@ -6,6 +6,7 @@ are made first and kept in a folder. Then save.
 """
 
 import hashlib
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ def compress(
     overwrite: bool = False,
     progress: Stages | None = None,
     prepared: Plan | None = None,
+    cache: str | Path | None = None,
 ) -> RunRecord:
     """Compress a model into the folder `out`, which appears only when everything in it is complete.
 
@@ -54,6 +56,7 @@ def compress(
         overwrite: replace such a result.
         progress: is told how far the run is.
         prepared: the plan of this recipe, where it was made already.
+        cache: see `plan`; of no use beside `prepared`, which has its own.
 
     Returns:
         The content of the folder's `run.json`.
@@ -68,7 +71,7 @@ def compress(
             raise LexigramError("the plan was made from another recipe; plan again, or leave it out")
         watch.credit("plan", prepared.seconds)
     with watch.stage("plan"):
-        prepared = prepared or plan(recipe)
+        prepared = prepared or plan(recipe, cache=cache)
         check_target(out, overwrite=overwrite, needed_bytes=prepared.disk_bytes)
     with watch.stage("load"), progress.stage("load the model", 1) as step:
         model = prepared.source.model(prepared.device)
@@ -275,15 +278,17 @@ def _weights_sha256(model: nn.Module, targets: Sequence[Target]) -> str:
     return _sha256(weight_of(model.get_submodule(target.name)) for target in targets)
 
 
-def _model_sha256(model: nn.Module) -> str:
-    """Of all weights: whatever is before a layer decides its inputs."""
-    return _sha256(model.parameters())
+def _model_sha256(model: PreTrainedModel) -> str:
+    """Of all weights and the config, wherever it lies: whatever is before a layer decides its inputs."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    content = _sha256(model.parameters()) + json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _sha256(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().data)
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

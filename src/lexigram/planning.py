@@ -70,8 +70,10 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """What the output folder will need, descriptions included."""
-        return self.uncompressed_bytes + self.bytes_after + _DESCRIPTIONS
+        """What the run will need on disk: the output with its descriptions, and Grams that are kept meanwhile."""
+        widths = {target.site: target.shape[1] for target in self.targets}
+        kept = sum(8 * width**2 for width in widths.values()) if self.allocation is None and self.cache is None else 0
+        return self.uncompressed_bytes + self.bytes_after + _DESCRIPTIONS + kept
 
 
 def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
@@ -125,11 +127,15 @@ def _groups(recipe: Recipe, targets: list[Target]) -> list[tuple[str, ...]] | No
     """Which targets share, where their names and shapes tell it."""
     if recipe.share == "matched":
         return None
-    if recipe.share == "site":
-        return same_site(targets)
-    if recipe.share == "consecutive":
-        return consecutive(targets, recipe.group)
-    return [(target.name,) for target in targets]
+    if recipe.share == "none":
+        return [(target.name,) for target in targets]
+    groups = same_site(targets) if recipe.share == "site" else consecutive(targets, recipe.group)
+    if all(len(names) == 1 for names in groups):
+        raise LexigramError(
+            f"nothing in {recipe.model} can share by {recipe.share!r}: no input site has several linear layers here (fused "
+            "projections, or a model that cannot be traced); use `--share matched`, or leave sharing out"
+        )
+    return groups
 
 
 def _allocation(recipe: Recipe, targets: list[Target], groups: list[tuple[str, ...]] | None) -> Allocation | None:
@@ -137,6 +143,12 @@ def _allocation(recipe: Recipe, targets: list[Target], groups: list[tuple[str, .
     if recipe.allocation not in (UNIFORM, KNAPSACK):
         replayed = Allocation.read(Path(recipe.allocation))
         replayed.check({name: target.shape for name, target in by_name.items()})
+        for unit in replayed.units:
+            if recipe.sequential and len({by_name[name].layer for name in unit.members}) > 1:
+                raise LexigramError(
+                    f"sequential calibration needs a layer's factors before the next layer is run, and {recipe.allocation} "
+                    f"lets {' and '.join(unit.members)} share; leave one of the two out"
+                )
         return replayed
     if groups is None or recipe.allocation == KNAPSACK:
         budget(targets, recipe.ratio, recipe.accounting)  # raises for a ratio that is out of range

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec, GroupSpec
@@ -19,6 +19,17 @@ class Unit(BaseModel):
     members: tuple[str, ...]
     method: AnyMethod
     spec: GroupSpec
+
+    @model_validator(mode="after")
+    def _complete(self) -> Unit:
+        if len(self.members) != len(self.spec.members):
+            raise ValueError(f"{len(self.members)} names stand for {len(self.spec.members)} forms")
+        return self
+
+    @property
+    def shared(self) -> str | None:
+        """The name of the leaf that the members share."""
+        return next((reference.name for member in self.spec.members for reference in member.references()), None)
 
 
 class Allocation(BaseModel):
@@ -68,3 +79,7 @@ class Allocation(BaseModel):
                 f"the allocation was made for other layers ({wrong[0] if wrong else 'one stands twice'}); make it again for "
                 "this model and these --include and --exclude"
             )
+        names = [unit.shared for unit in self.units if unit.shared is not None]
+        for name in names:
+            if names.count(name) > 1:
+                raise LexigramError(f"the allocation has several shared matrices of the name {name}; make it again")

@@ -178,6 +178,17 @@ class GroupSpec(BaseModel):
     members: tuple[FactorSpec, ...]
     shared: Annotated[DenseSpec | SparseSpec, Field(discriminator="form")] | None = None
 
+    @model_validator(mode="after")
+    def _refers(self) -> GroupSpec:
+        wanted = {(ref.name, ref.rows, ref.cols) for member in self.members for ref in member.references()}
+        sizes = [] if self.shared is None else [(self.shared.rows, self.shared.cols)]
+        if [(rows, cols) for _, rows, cols in sorted(wanted)] != sizes:
+            raise ValueError(
+                f"the members refer to {sorted(wanted) or 'no shared matrix'}, and the group has {sizes or 'none'}; "
+                "members share one matrix of one size, by one name"
+            )
+        return self
+
     @property
     def bytes(self) -> int:
         """Stored bytes of all members, a shared leaf counted once."""

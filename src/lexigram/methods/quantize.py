@@ -56,11 +56,12 @@ class QuantizeConfig(MethodConfig):
 def _(config: QuantizeConfig, shape: tuple[int, int], budget: Budget) -> DenseSpec:
     """The sizes come in steps: the bits alone decide them."""
     widths = _WIDTHS if config.value_bits is None else (config.value_bits,)
-    for bits in widths:
-        spec = _spec(config, shape, bits)
-        if size(spec, budget.unit) <= budget.amount:
+    specs = [_spec(config, shape, bits) for bits in widths]
+    sizes = [size(spec, budget.unit) for spec in specs]
+    for spec, needed in zip(specs, sizes, strict=True):
+        if needed <= budget.amount:
             return spec
-    raise BudgetTooSmallError(size(spec, budget.unit), budget)
+    raise BudgetTooSmallError(min(sizes), budget)  # of a few values scales are dearer than 16 bits
 
 
 @variants.register
@@ -77,7 +78,7 @@ def _(
 ) -> tuple[Dense, FitReport]:
     start = time.perf_counter()
     weight = checked_weight(weight)
-    carry = config.rounding == "gptq"
+    carry = config.rounding == "gptq" and spec.codec.bits < 16
     factors = store_dense(
         weight, spec, gram.matrix, carry=carry, order=config.order, clip=config.clip, damping=config.damping
     )
