@@ -17,7 +17,6 @@ from typing import Any
 
 from recording import DATA, write
 
-
 PAPER = ["--rho", "2", "--value-bits", "14", "--dictionary-bits", "16"]
 """The form of the CoSpaDi paper, from `fast`'s solver."""
 

@@ -42,8 +42,9 @@ def main() -> None:
         published = PRESETS["published"].model_copy(update={"iterations": options.iterations})
         fast = PRESETS["fast"]
         budget = Budget(int((1 - options.ratio) * 2 * weight.numel()))
-        # The same form for both: what differs is the solver alone.
-        spec = layout(fast, (weight.shape[0], weight.shape[1]), budget)
+        # The same form for both, that of the recorded figures: what differs is the solver alone.
+        form = CospadiConfig(rho=2.0, value_bits=12, dictionary_bits=16)
+        spec = layout(form, (weight.shape[0], weight.shape[1]), budget)
         signals = gram.whitening.whiten(weight)
         curves = {
             name: curve(signals, spec.left.cols, spec.left.nonzeros // spec.left.rows, config)
