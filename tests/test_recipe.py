@@ -14,8 +14,9 @@ from lexigram.methods import METHODS, PRESETS
 from lexigram.recipe import merge
 
 BITS = [2, 3, 4, 6, 8, 10, 12, 14, 16]
+LOW_RANK = st.builds(SvdConfig, plain=st.booleans(), value_bits=st.sampled_from(BITS))
 OTHERS = st.one_of(
-    st.builds(SvdConfig, plain=st.booleans(), value_bits=st.sampled_from(BITS)),
+    LOW_RANK,
     st.builds(
         QuantizeConfig,
         value_bits=st.sampled_from([None, 2, 3, 4, 6, 8, 16]),
@@ -70,7 +71,7 @@ FILES = st.sampled_from(["knapsack", "uniform", "a/allocation.json", "null", "1"
         recipes(method=OTHERS | FREE, share=st.just("matched"), allocation=FILES),
         recipes(method=OTHERS | FREE, share=st.sampled_from(["none", "site"]), sequential=st.booleans()),
         recipes(
-            method=OTHERS | dictionaries() | dictionaries(value_bits=st.just(14), dictionary_bits=st.just(16)),
+            method=LOW_RANK | dictionaries() | dictionaries(value_bits=st.just(14), dictionary_bits=st.just(16)),
             accounting=st.just("paper"),
             allocation=st.sampled_from(["uniform", "a/allocation.json"]),
         ),
@@ -283,3 +284,13 @@ def test_the_papers_accounting_goes_with_14_bits_and_a_bfloat16_dictionary() -> 
     published = merged({}, preset="published", accounting="paper")
     assert published.method == PRESETS["published"]
     assert merged({}, method={"name": "svd"}, accounting="paper").method == SvdConfig()
+
+
+def test_the_papers_accounting_is_not_for_quantised_weights() -> None:
+    with pytest.raises(LexigramError, match="quantisation removes none"):
+        Recipe.parse({"model": "m", "accounting": "paper", "method": {"name": "quantize"}})
+
+
+def test_a_preset_gives_way_to_the_papers_accounting_where_it_only_repeats_a_default() -> None:
+    found = merge({}, preset="fast", method={}, calibration={}, settings={"model": "m", "accounting": "paper"})
+    assert (found.method.value_bits, found.method.dictionary_bits) == (14, 16)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lexigram.linalg.whitening import Whitening, whiten
 
-_AIM_DAMPING = 1e-4
-"""Share of every input's own energy that `aim` puts on the change of its weights.
+AIM_DAMPING = 1e-4
+"""What `aim` adds to the Gram's diagonal, as a share of it.
 
-Sums of float32 products are known to about 1e-7 of that energy. Divided by less than this it would come up as weights, in
-directions that the inputs do not have.
+Sums of float32 products are off by about 1e-7 of it; divided by less than this, that would come up as weights in directions
+that the inputs do not have.
 """
 
 
@@ -39,8 +39,9 @@ class Gram:
         """The weight (out, in) whose outputs on ``X`` are nearest to those of `weight` on ``X0``: `weight` itself where these
         are the same inputs.
 
-        ``W X0^T X G^-1 = W + W (X0 - X)^T X G^-1``, with a small damping added to this last ``G``: the second form does not
-        lose digits where the inputs differ little, and leaves directions that ``X`` has not as they were.
+        ``W X0^T X G^-1 = W + W (X0 - X)^T X G^-1``, with `AIM_DAMPING` of its diagonal added to this last ``G``. The second
+        form does not lose digits where the inputs differ little. The damping weighs the change of an input's weights by that
+        input's energy: what ``X`` does not tell stays close to `weight`.
         """
         if self.cross is None:
             return weight
@@ -52,6 +53,6 @@ class Gram:
         assert self.cross is not None
         energy = self.matrix.diagonal()
         damped = self.matrix.clone()
-        damped.diagonal().add_(torch.where(energy > 0, _AIM_DAMPING * energy, 1.0))
+        damped.diagonal().add_(torch.where(energy > 0, AIM_DAMPING * energy, 1.0))
         # G is symmetric: D G^-1 is the transpose of G^-1 D^T.
         return torch.linalg.solve(damped, (self.cross - self.matrix).T).T

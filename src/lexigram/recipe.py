@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lexigram.errors import LexigramError
-from lexigram.methods import METHODS, PRESETS, AnyMethod, CospadiConfig
+from lexigram.methods import METHODS, PRESETS, AnyMethod, CospadiConfig, QuantizeConfig
 
 SELF = "self"
 """The calibration text that is sampled from the model itself."""
@@ -88,6 +88,8 @@ class Recipe(BaseModel):
                 f"sequential calibration needs a layer's factors before the next layer is run, and share {self.share!r} gives "
                 "them later; share on one `site`, or leave one of the two out"
             )
+        if self.accounting == "paper" and isinstance(self.method, QuantizeConfig):
+            raise ValueError("the accounting `paper` counts values, and quantisation removes none; leave it out")
         if self.accounting == "paper" and self.allocation == KNAPSACK:
             raise ValueError("the knapsack counts stored bytes; leave the accounting `paper` out")
         if self.share == "matched" and self.group != 2:
@@ -176,7 +178,8 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merged_method(content: Mapping[str, Any], preset: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options over the preset, or else over a recipe's method; those of another method do not carry over."""
-    base = PRESETS[preset].model_dump() if preset else content
+    # A preset asks for what it changes; its defaults may still give way, as those of a config do.
+    base = PRESETS[preset].model_dump(exclude_defaults=True) if preset else content
     default = base.get("name", CospadiConfig().name)
     name = options.get("name", default)
     if preset and name != default:

@@ -13,6 +13,9 @@ from lexigram.records import LayerRecord, RunRecord
 from lexigram.targets import Target
 
 
+_NEAR = 0.01  # of the ratio asked for, when a form uses its bytes up
+
+
 def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -24,7 +27,7 @@ def size(count: float) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """What a run will do: one row a kind, shape and form of layer."""
-    table = Table(title=f"{escape(plan.recipe.model)}: {plan.recipe.method.name} at ratio {plan.recipe.ratio:g}")
+    table = Table(title=_plan_title(plan))
     for column, justify in (("layers", "right"), ("kind", "left"), ("shape", "right"), ("form", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("before", justify="right")
@@ -45,6 +48,13 @@ def plan_table(plan: Plan) -> Table:
     table.add_row(str(len(plan.targets)), "all", "", "", size(plan.bytes_before), size(plan.bytes_after))
     table.add_row("", "rest", "", plan.recipe.dtype, size(plan.uncompressed_bytes), size(plan.uncompressed_bytes))
     return table
+
+
+def _plan_title(plan: Plan) -> str:
+    """The model, the method and the ratio asked for, and what comes of it where the forms stop short of that."""
+    wanted, found = plan.recipe.ratio, 1 - plan.bytes_after / plan.bytes_before
+    title = f"{escape(plan.recipe.model)}: {plan.recipe.method.name} at ratio {wanted:g}"
+    return title if found < wanted + _NEAR else f"{title}, reaching {found:.3f}"
 
 
 def bytes_table(record: RunRecord) -> Table:
