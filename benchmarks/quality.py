@@ -35,6 +35,7 @@ ROWS: dict[str, list[str]] = {
     "paper bits, knapsack, relative": [*PAPER, "--allocation", "knapsack", "--measure", "relative"],
     "paper bits, knapsack, absolute": [*PAPER, "--allocation", "knapsack", "--measure", "absolute"],
     "paper bits, sequential": [*PAPER, "--sequential"],
+    "paper bits, sequential, whole correction": [*PAPER, "--sequential", "--correction", "1"],
     "paper bits, knapsack, sequential": [*PAPER, "--allocation", "knapsack", "--sequential"],
     "matched pairs, knapsack": [*PAPER, "--share", "matched", "--allocation", "knapsack"],
     "int8 values": [*PAPER, "--value-bits", "8"],

@@ -474,8 +474,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: flip(t, f"{LAYER}.factors.left.mask", 7, 16),
         rf"damaged at {LAYER}: left: the mask has \d+ bits set",
     ),
-    "a value that is NaN": (
-        lambda t: t[f"{LAYER}.factors.right.values"].fill_(0x7FC0),
+    "a scale that is NaN": (
+        lambda t: t[f"{LAYER}.factors.right.scales"].fill_(0x7FC0),
         rf"damaged at {LAYER}: right: a stored value is not finite",
     ),
     "norm missing": (

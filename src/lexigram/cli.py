@@ -256,6 +256,14 @@ def compress(
             rich_help_panel=_TEXT,
         ),
     ] = None,
+    correction: Annotated[
+        float | None,
+        typer.Option(
+            help="How far sequential weights move to make up for the layers before: 0 to 1. "
+            f"[default: {_RECIPE['correction'].default}]",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -380,6 +388,7 @@ def compress(
             "share": share,
             "group": group,
             "sequential": sequential,
+            "correction": correction,
             "seed": seed,
             "device": device,
             "compute_dtype": compute_dtype,

@@ -41,10 +41,10 @@ from lexigram.recipe import UNIFORM
 from lexigram.running import Stages
 from lexigram.targets import Target
 
-MEASURED = (0.1, 0.35, 0.6, 0.8)
+MEASURED = (0.1, 0.35, 0.6, 0.8, 0.92)
 """Ratios at which a unit's error is measured by a sketch."""
 
-GRID = tuple(step / 50 for step in range(1, 46))
+GRID = tuple(step / 50 for step in range(1, 47))
 """Ratios that the knapsack chooses among; errors between the measured ones are interpolated."""
 
 SENSITIVITY_SEQUENCES = 8

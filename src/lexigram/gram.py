@@ -35,9 +35,9 @@ class Gram:
         # Rounding in the sums leaves small eigenvalues where there should be none; the tokens bound the true rank.
         return replace(found, rank=min(found.rank, self.tokens))
 
-    def aim(self, weight: Tensor) -> Tensor:
-        """The weight (out, in) whose outputs on ``X`` are nearest to those of `weight` on ``X0``: `weight` itself where these
-        are the same inputs.
+    def aim(self, weight: Tensor, share: float = 1.0) -> Tensor:
+        """The weight (out, in) whose outputs on ``X`` are nearest to those of `weight` on ``X0``, or so much of the way there:
+        `weight` itself where these are the same inputs.
 
         ``W X0^T X G^-1 = W + W (X0 - X)^T X G^-1``, with `AIM_DAMPING` of its diagonal added to this last ``G``. The second
         form does not lose digits where the inputs differ little. The damping weighs the change of an input's weights by that
@@ -45,7 +45,7 @@ class Gram:
         """
         if self.cross is None:
             return weight
-        return (weight.double() + weight.double() @ self._drift).to(weight.dtype)
+        return torch.add(weight.double(), weight.double() @ self._drift, alpha=share).to(weight.dtype)
 
     @cached_property
     def _drift(self) -> Tensor:

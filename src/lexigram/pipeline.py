@@ -238,7 +238,8 @@ class _Work:
         """Factors of one unit, put in place and recorded."""
         targets = [self.targets[name] for name in unit.members]
         with self.watch.stage("fit"):
-            members = [Member(gram.aim(self._weight(t.name)), gram) for t in targets for gram in (grams[t.site],)]
+            correction = self.prepared.recipe.correction
+            members = [Member(grams[t.site].aim(self._weight(t.name), correction), grams[t.site]) for t in targets]
             generator = _generator(self.prepared.recipe.seed, unit.members[0])
             try:
                 fitted = fit_group(unit.method, members, unit.spec, generator)

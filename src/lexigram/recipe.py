@@ -43,8 +43,10 @@ class Recipe(BaseModel):
     parameters. `share` names which matrices share one dictionary: `consecutive` decoder layers' (in groups of `group`),
     `matched` pairs of any kinds (GeoPair), or those on one input `site`; a `group` alone means consecutive ones. `allocation`
     says how the budget is spent over the layers: `uniform`, `knapsack` (by the `measure` of what an error costs), or an
-    allocation file to replay. `sequential` calibrates every layer on inputs from the already compressed ones. `dtype` is what
-    the tensors that are not compressed are stored in. `seed` drives the method, the calibration has its own.
+    allocation file to replay. `sequential` calibrates every layer on inputs from the already compressed ones and moves its
+    weights by the share `correction` of the way to where they would make up best for the layers before: the whole way
+    follows the calibration text too closely. `dtype` is what the tensors that are not compressed are stored in. `seed` drives
+    the method, the calibration has its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +60,7 @@ class Recipe(BaseModel):
     allocation: str = UNIFORM
     measure: Literal["loss", "relative", "absolute"] = "loss"
     sequential: bool = False
+    correction: float = Field(default=0.25, ge=0, le=1)
     calibration: Calibration = Calibration()
     include: Names = ()
     exclude: Names = ()

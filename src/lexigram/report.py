@@ -12,7 +12,6 @@ from lexigram.planning import Plan
 from lexigram.records import LayerRecord, RunRecord
 from lexigram.targets import Target
 
-
 _NEAR = 0.01  # of the ratio asked for, when a form uses its bytes up
 
 
