@@ -1,6 +1,7 @@
 """Perplexity of `demo` after compression: dense and several ways of compressing, ratios and seeds, at equal stored bytes.
 
-Each row is one `lexigram compress` and one `lexigram eval`; the exact commands are in the result. Run from anywhere:
+Each row is one `lexigram compress`, one `lexigram export --dense` (so that long texts are read at the speed of a dense model)
+and one `lexigram eval`; the exact commands are in the result. Run from anywhere:
 
     python benchmarks/quality.py --ratios 0.2 0.4 --seeds 0 1 --windows 40
     python benchmarks/quality.py --rows "paper bits" "paper bits, mean groups" "paper bits, exact groups" --ratios 0.3
@@ -9,6 +10,7 @@ Each row is one `lexigram compress` and one `lexigram eval`; the exact commands 
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,7 +99,11 @@ def row(work: Path, name: str, ratio: float, seed: int, windows: int, dense: dic
     if not out.exists():
         lexigram(arguments)
     run = json.loads((out / "run.json").read_text())
-    figures = evaluate(str(out), work / f"{out.name}.json", windows, [])
+    export = ["export", str(out), "--dense", str(work / "dense" / out.name)]
+    if not (work / f"{out.name}.json").exists() and not Path(export[-1]).exists():
+        lexigram(export)
+    figures = evaluate(export[-1], work / f"{out.name}.json", windows, [])
+    shutil.rmtree(export[-1], ignore_errors=True)
     return {
         "row": name,
         "requested_ratio": ratio,
@@ -107,7 +113,7 @@ def row(work: Path, name: str, ratio: float, seed: int, windows: int, dense: dic
         **{key: run[key] for key in ("peak_memory_bytes", "mean_relative_error", "calibration_sha256", "stages")},
         **{key: figures[key] for key in ("token_perplexity", "word_perplexity", "standard_error", "tokens")},
         "log_perplexity_above_dense": math.log(figures["token_perplexity"] / dense["token_perplexity"]),
-        "commands": [" ".join(["lexigram", *arguments]), figures["command"]],
+        "commands": [*(" ".join(["lexigram", *each]) for each in (arguments, export)), figures["command"]],
     }
 
 
