@@ -14,7 +14,7 @@ test: $(VENV)/installed
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy --no-error-summary
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses auto --dist loadfile
 
 slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
