@@ -62,14 +62,10 @@ FILES = st.sampled_from(["knapsack", "uniform", "a/allocation.json", "null", "1"
 @given(
     st.one_of(
         recipes(method=OTHERS | FREE, allocation=FILES, measure=st.sampled_from(["loss", "relative", "absolute"])),
-        recipes(
-            method=OTHERS | FREE,
-            share=st.sampled_from(["none", "consecutive", "site"]),
-            group=st.integers(2, 9),
-            allocation=FILES,
-        ),
-        recipes(method=OTHERS | FREE, share=st.just("matched"), allocation=FILES),
-        recipes(method=OTHERS | FREE, share=st.sampled_from(["none", "site"]), sequential=st.booleans()),
+        recipes(method=LOW_RANK | FREE, share=st.just("consecutive"), group=st.integers(2, 9), allocation=FILES),
+        recipes(method=LOW_RANK | FREE, share=st.sampled_from(["matched", "site"]), allocation=FILES),
+        recipes(method=OTHERS | FREE, sequential=st.booleans(), correction=st.floats(0, 1)),
+        recipes(method=LOW_RANK | FREE, share=st.just("site"), sequential=st.booleans()),
         recipes(
             method=LOW_RANK | dictionaries() | dictionaries(value_bits=st.just(14), dictionary_bits=st.just(16)),
             accounting=st.just("paper"),
@@ -222,7 +218,7 @@ def test_a_single_name_needs_no_list() -> None:
         ),
         ({"share": "matched", "sequential": True}, "sequential calibration needs a layer's factors before the next"),
         ({"accounting": "paper", "allocation": "knapsack"}, "the knapsack counts stored bytes; leave the accounting"),
-        ({"share": "matched", "group": 3}, "matched groups are pairs; leave group out"),
+        ({"share": "matched", "group": 3}, "share 'matched' takes no group; leave group out, or share consecutive"),
         ({"dtype": "int8"}, "dtype is 'int8'; it should be 'bfloat16', 'float16' or 'float32'"),
         ({"model": None}, "model is None; it should be a valid string"),
     ],
@@ -294,3 +290,22 @@ def test_the_papers_accounting_is_not_for_quantised_weights() -> None:
 def test_a_preset_gives_way_to_the_papers_accounting_where_it_only_repeats_a_default() -> None:
     found = merge({}, preset="fast", method={}, calibration={}, settings={"model": "m", "accounting": "paper"})
     assert (found.method.value_bits, found.method.dictionary_bits) == (14, 16)
+
+
+def test_a_group_asks_for_consecutive_layers_beside_a_complete_recipe_too() -> None:
+    complete = Recipe(model="m").model_dump(mode="json")
+    found = merge(complete, preset=None, method={}, calibration={}, settings={"model": "m", "group": 3})
+    assert (found.share, found.group) == ("consecutive", 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"method": {"name": "quantize"}, "share": "site"}, "quantize shares nothing"),
+        ({"method": {"name": "cospadi", "update": "ksvd"}, "group": 2}, "knows one metric only"),
+        ({"method": {"name": "cospadi", "coding": "threshold"}, "share": "matched"}, "knows one metric only"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_any_work(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(LexigramError, match=message):
+        Recipe.parse({"model": "m", **content})

@@ -172,7 +172,9 @@ def compress(
     plain: Annotated[
         bool | None,
         typer.Option(
-            "--plain", help="Fit the weights themselves, not their outputs on the text.", rich_help_panel=_BUDGET
+            "--plain",
+            help="Fit the weights themselves, not their outputs on the text (cospadi, svd).",
+            rich_help_panel=_BUDGET,
         ),
     ] = None,
     seed: Annotated[
@@ -203,7 +205,7 @@ def compress(
         int | None,
         typer.Option(
             metavar=_choices("value_bits"),
-            help="Stored bits of a value: of a coefficient, a low-rank factor or a quantised weight. "
+            help="Stored bits of a value: of a coefficient, a low-rank factor or (8 and fewer, or 16) a quantised weight. "
             f"[default: {_FAST.value_bits} for cospadi, 16 for svd, as the ratio allows for quantize]",
             rich_help_panel=_FORM,
         ),

@@ -25,6 +25,7 @@ from lexigram.calibration.sensitivity import output_sensitivity
 from lexigram.calibration.store import GramStore
 from lexigram.errors import LexigramError
 from lexigram.factors import DenseSpec, GroupSpec
+from lexigram.jsonfiles import write_json
 from lexigram.methods import (
     AnyMethod,
     Budget,
@@ -111,7 +112,7 @@ def decide(
     curves = _read(file) or _measured(plan, groups, weight, store, progress)
     if recipe.measure == "loss" and not curves.sensitivity:
         curves = curves.model_copy(update={"sensitivity": _sensitivity(plan, model, ids, progress)})
-    file.write_text(curves.model_dump_json(), encoding="utf-8")
+    write_json(file, curves.model_dump(mode="json"))
     amount = budget(plan.targets, recipe.ratio, "bytes").amount
     return knapsack(curves, groups, targets, recipe.measure, amount)
 
@@ -171,7 +172,10 @@ def _curve(seed: int, method: MethodConfig, targets: Sequence[Target], members: 
         spec = _at(method, targets, int((1 - ratio) * dense))
         if spec is None or spec.bytes in points:
             continue
-        fitted = fit_group(sketch(method), members, spec, torch.Generator().manual_seed(seed))
+        try:
+            fitted = fit_group(sketch(method), members, spec, torch.Generator().manual_seed(seed))
+        except ValueError as error:
+            raise LexigramError(f"{' + '.join(t.name for t in targets)} cannot be measured: {error}") from error
         errors = tuple(report.relative_error**2 for _, report in fitted.members)
         points[spec.bytes] = Point(bytes=spec.bytes, errors=errors)
     return Curve(members=tuple(t.name for t in targets), method=cast(AnyMethod, method), points=tuple(points.values()))

@@ -186,6 +186,7 @@ class _Work:
                 waiting = [unit for unit in waiting if unit not in ready]
                 needed = set().union(*map(self._sites, waiting))
                 held = {site: gram for site, gram in held.items() if site in needed}
+                del grams  # with all that was computed from them, before the next layer's are made
 
     def _calibrated(self, store: GramStore) -> None:
         """All Grams into the store, unless an earlier run left them there."""
@@ -214,6 +215,7 @@ class _Work:
             if grams is None:
                 return
             yield grams
+            del grams
 
     @contextmanager
     def _gram_store(self, out: Path) -> Iterator[GramStore]:

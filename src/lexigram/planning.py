@@ -2,6 +2,7 @@
 is raised here, before any work.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
         raise LexigramError(f"{recipe.model} is compressed already; name the original model")
     _refuse_quantised(source, config)
     device = resolve_device(recipe.device)
+    _check_cache(cache)
     skeleton = source.skeleton()
     targets = find_targets(skeleton, recipe.include, recipe.exclude)
     groups = _groups(recipe, targets)
@@ -121,6 +123,18 @@ def _refuse_quantised(source: Source, config: Any) -> None:
     if content and source.gguf is None:
         method = content.get("quant_method") if isinstance(content, dict) else getattr(content, "quant_method", None)
         raise LexigramError(f"{source.name} is quantised already ({method}); name the model that it was made from")
+
+
+def _check_cache(cache: str | Path | None) -> None:
+    """Raise where the cache could not be written in the end."""
+    if cache is None:
+        return
+    place = Path(cache).absolute()
+    parent = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise LexigramError(
+            f"the cache {cache} cannot be used: {parent} is not a folder that one can write to; name another --cache"
+        )
 
 
 def _groups(recipe: Recipe, targets: list[Target]) -> list[tuple[str, ...]] | None:

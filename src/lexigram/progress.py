@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Bars:
-    """Stages as progress bars; what `lexigram.pipeline.Progress` asks for."""
+    """Stages as progress bars; what `lexigram.running.Stages` asks for."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars

@@ -86,6 +86,16 @@ class Recipe(BaseModel):
     def _possible(self) -> "Recipe":
         if "group" in self.model_fields_set and "share" not in self.model_fields_set:
             object.__setattr__(self, "share", "consecutive")
+        if self.share != "none" and isinstance(self.method, QuantizeConfig):
+            raise ValueError("the method quantize shares nothing between matrices; leave share and group out")
+        solver = self.method
+        if isinstance(solver, CospadiConfig) and self.share in ("consecutive", "matched"):
+            several = solver.metric == "exact" and not solver.plain
+            if several and (solver.coding == "threshold" or solver.update.startswith("ksvd")):
+                raise ValueError(
+                    f"coding {solver.coding!r} with update {solver.update!r} knows one metric only; share with metric `mean`, "
+                    "or take coding htp or omp with update mod"
+                )
         if self.sequential and self.share in ("consecutive", "matched"):
             raise ValueError(
                 f"sequential calibration needs a layer's factors before the next layer is run, and share {self.share!r} gives "
@@ -95,8 +105,8 @@ class Recipe(BaseModel):
             raise ValueError("the accounting `paper` counts values, and quantisation removes none; leave it out")
         if self.accounting == "paper" and self.allocation == KNAPSACK:
             raise ValueError("the knapsack counts stored bytes; leave the accounting `paper` out")
-        if self.share == "matched" and self.group != 2:
-            raise ValueError("matched groups are pairs; leave group out")
+        if self.share != "consecutive" and self.group != 2:
+            raise ValueError(f"share {self.share!r} takes no group; leave group out, or share consecutive")
         return self
 
     @classmethod
@@ -162,6 +172,8 @@ def merge(
         LexigramError: for a preset of another method, and as `Recipe.parse` does.
     """
     method, calibration, settings = _given(method), _given(calibration), _given(settings)
+    if "group" in settings:
+        settings.setdefault("share", "consecutive")
     if "seed" in settings:
         calibration = {"seed": settings["seed"], **calibration}
     return Recipe.parse(

@@ -33,7 +33,7 @@ class Unit(BaseModel):
 
 
 class Allocation(BaseModel):
-    """All units of a model. Replayed, it gives the same forms whatever the ratio says."""
+    """All units of a model. Replayed, it gives the same forms whatever method and ratio are asked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

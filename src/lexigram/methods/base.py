@@ -1,7 +1,8 @@
 """What every method is: a config type with two functions, `layout` (budget to form) and `fit` (form to values).
 
 Both are chosen by the type of the config. They are pure: no files, no globals, randomness from the generator given. A new
-method is one file with a config class and these two functions registered for it, and one entry in `lexigram.methods`.
+method is one file with a config class and these two functions registered for it, and one entry in `lexigram.methods`. It may
+add `layout_shared` and `fit_shared`, for matrices that share a leaf, and `sketch` and `variants`, for the knapsack to choose.
 """
 
 from collections.abc import Sequence
@@ -161,11 +162,14 @@ class BudgetTooSmallError(ValueError):
 
 
 def factored(spec: FactorSpec, left: type[Leaf], right: type[Side]) -> tuple[Leaf, Side]:
-    """The two sides of a product, which a method knows to be of these forms."""
-    assert isinstance(spec, ProductSpec)
-    assert isinstance(spec.left, left)
-    assert isinstance(spec.right, right)
-    return spec.left, spec.right
+    """The two sides of a product of these forms.
+
+    Raises:
+        ValueError: for any other form; an allocation file can ask for it.
+    """
+    if isinstance(spec, ProductSpec) and isinstance(spec.left, left) and isinstance(spec.right, right):
+        return spec.left, spec.right
+    raise ValueError(f"the method does not make the form {spec.form!r} that is asked for; make the allocation again")
 
 
 def size(spec: FactorSpec, unit: Literal["bytes", "parameters"]) -> int:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
@@ -199,7 +199,7 @@ def _fitted(
         atoms = dictionary.to_dense()
         codes = problem.recoded(codes, atoms)
     stored = [
-        store_sparse(part, left, problem.atom_gram(block, atoms))
+        store_sparse(part, left, partial(problem.atom_gram, block, atoms))
         for (block, part), left in zip(problem.by_member(codes), lefts, strict=True)
     ]
     ridge = learned.ridge
@@ -281,7 +281,6 @@ class _Problem:
         """The common coordinates of several metrics."""
         return shared_metrics([metric.factor for metric in self.metrics])
 
-    @property
     def gram(self) -> Tensor:
         """The sum of the metrics' Grams, (in, in)."""
         return torch.stack([metric.factor.T @ metric.factor for metric in self.metrics]).sum(0)

@@ -77,10 +77,14 @@ def _(
     config: QuantizeConfig, weight: Tensor, gram: Gram, spec: DenseSpec, generator: torch.Generator
 ) -> tuple[Dense, FitReport]:
     start = time.perf_counter()
+    if not isinstance(spec, DenseSpec):
+        raise ValueError(
+            f"the method does not make the form {spec.form!r} that is asked for; make the allocation again"
+        )
     weight = checked_weight(weight)
     carry = config.rounding == "gptq" and spec.codec.bits < 16
     factors = store_dense(
-        weight, spec, gram.matrix, carry=carry, order=config.order, clip=config.clip, damping=config.damping
+        weight, spec, lambda: gram.matrix, carry=carry, order=config.order, clip=config.clip, damping=config.damping
     )
     error = relative_error(gram.whitening.whiten(weight), factors, gram.whitening)
     return factors, FitReport(

@@ -4,6 +4,7 @@ What is fine enough is rounded to nearest; whatever is coarser goes value by val
 (`lexigram.linalg.rounding`).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -27,7 +28,7 @@ def codec(bits: ValueBits, group: int, cols: int | None = None) -> Codec:
 def store_dense(
     matrix: Tensor,
     spec: DenseSpec,
-    gram: Tensor,
+    gram_of: Callable[[], Tensor],
     *,
     carry: bool = True,
     order: Literal["activation", "natural"] = "activation",
@@ -42,7 +43,7 @@ def store_dense(
     Args:
         matrix: any float dtype.
         spec: the leaf; bfloat16 of 16 bits is rounded to nearest.
-        gram: (cols, cols), of what the matrix is applied to.
+        gram_of: gives the Gram (cols, cols) of what the matrix is applied to, where it is needed.
         carry: False rounds every value by itself.
         order: of the columns; `activation` takes those with the strongest inputs first.
         clip: search for each group how much of its range is worth representing, errors weighted by the inputs' strength.
@@ -50,6 +51,7 @@ def store_dense(
     """
     if spec.codec.bits == 16:
         return Dense.encode(matrix, spec)
+    gram = gram_of()
     strength = gram.diagonal()
     # The grid serves inputs that the calibration text does not have as well, hence the damping here too.
     grid = spec.codec.grid(matrix, strength + damping * strength.mean(), clip=clip)
@@ -64,7 +66,7 @@ def store_dense(
     return Dense.encode(matrix, spec, grid)
 
 
-def store_sparse(codes: Tensor, spec: SparseSpec, gram: Tensor) -> Sparse:
+def store_sparse(codes: Tensor, spec: SparseSpec, gram_of: Callable[[], Tensor]) -> Sparse:
     """Round `codes` (n, k), equally many a row, so that ``(C - C^) gram (C - C^)^T`` stays small on their supports.
 
     Among atoms that are nearly orthogonal there is little for the others to make up for: carrying wins 1 to 3 % of the error
@@ -73,7 +75,7 @@ def store_sparse(codes: Tensor, spec: SparseSpec, gram: Tensor) -> Sparse:
     Args:
         codes: with at most ``spec.nonzeros / n`` non-zeros a row.
         spec: the leaf; values of 8 bits and more are rounded to nearest.
-        gram: (k, k), of the atoms in the metric of the inputs.
+        gram_of: gives the Gram (k, k) of the atoms in the metric of the inputs, where it is needed.
     """
     if spec.codec.bits >= 8:
         return Sparse.encode(codes, spec)
@@ -82,6 +84,6 @@ def store_sparse(codes: Tensor, spec: SparseSpec, gram: Tensor) -> Sparse:
     values = codes.gather(1, positions)
     grid = spec.codec.grid(values)
     rounded = round_carrying_on_support(
-        values, positions, gram, lambda targets, at: spec.codec.round(targets, grid.at(at)), damping=0.0
+        values, positions, gram_of(), lambda targets, at: spec.codec.round(targets, grid.at(at)), damping=0.0
     )
     return Sparse.encode(torch.zeros_like(codes).scatter_(1, positions, rounded), spec, support, grid)

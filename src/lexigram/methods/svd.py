@@ -95,17 +95,17 @@ def _fitted(
     signals = metric.whiten(torch.cat(weights))
     coefficients, basis = truncated_svd(signals, right.rows)
     lost = float((signals - coefficients @ basis).square().sum() / signals.square().sum().clamp_min(torch.finfo().tiny))
-    stored = store_dense(metric.unwhiten(basis), right, metric.factor.T @ metric.factor)
+    stored = store_dense(metric.unwhiten(basis), right, lambda: metric.factor.T @ metric.factor)
     if config.value_bits < 16:
-        coefficients = _refitted(signals, metric.whiten(stored.to_dense()))
+        basis = metric.whiten(stored.to_dense())
+        coefficients = _refitted(signals, basis)
     seconds = time.perf_counter() - start
     found: list[tuple[Factor, FitReport]] = []
     for part, weight, member, left in zip(
         coefficients.split([len(weight) for weight in weights]), weights, members, lefts, strict=True
     ):
         start = time.perf_counter()
-        atoms = metric.whiten(stored.to_dense()).double()
-        factor = store_dense(part, left, atoms @ atoms.T)
+        factor = store_dense(part, left, lambda: basis.double() @ basis.double().T)
         own = member.gram.whitening
         report = FitReport(
             status="converged",
