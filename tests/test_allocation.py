@@ -5,6 +5,7 @@ The oracles: the bytes of another run, curves and costs worked out again from th
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,7 @@ from lexigram.calibration import sensitivity
 from lexigram.calibration.sensitivity import output_sensitivity
 from lexigram.calibration.store import GramStore
 from lexigram.gram import Gram
-from lexigram.planning import Plan
+from lexigram.planning import Plan, plan
 from lexigram.targets import find_targets
 
 WEIGHTS, ALLOCATION = "lexigram.safetensors", "allocation.json"
@@ -349,6 +350,16 @@ def test_a_budget_that_nothing_fits_into(recipe: Build, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_knapsacks_reach_is_known_before_any_work(recipe: Build) -> None:
+    settings = {"allocation": "knapsack", "method": {"name": "quantize"}}
+    with pytest.raises(LexigramError, match=r"a ratio of 0\.\d{3}; lower the ratio") as error:
+        plan(recipe(**settings, ratio=0.95))
+    reach = float(re.search(r"a ratio of (0\.\d{3})", str(error.value))[1])  # type: ignore[index]
+    plan(recipe(**settings, ratio=reach - 0.001))
+    with pytest.raises(LexigramError, match="too small for the knapsack"):
+        plan(recipe(**settings, ratio=reach + 0.001))
+
+
 # --- kept Grams --------------------------------------------------------------------------------------------------
 
 CACHED = {"allocation": "knapsack", "measure": "loss", "method": {"name": "svd"}, "ratio": 0.5}
@@ -409,7 +420,10 @@ def test_the_same_run_without_a_cache_gives_the_same_bytes(
 def test_what_does_not_decide_the_grams_uses_them(
     changes: dict[str, Any], cache: Path, recipe: Build, no_calibration: None, tmp_path: Path
 ) -> None:
-    compressed(recipe(**{**CACHED, **changes}), tmp_path / "out", cache)
+    before = {file.name: file.read_bytes() for file in grams_of(cache)}
+    record = compressed(recipe(**{**CACHED, **changes}), tmp_path / "out", cache)
+    assert {file.name: file.read_bytes() for file in grams_of(cache)} == before
+    assert "calibrate" not in record.stages
 
 
 @pytest.mark.parametrize(
@@ -460,7 +474,8 @@ def test_the_same_model_elsewhere_uses_them(
     cache: Path, toy: Path, recipe: Build, no_calibration: None, tmp_path: Path
 ) -> None:
     shutil.copytree(toy, tmp_path / "toy")
-    compressed(recipe(**CACHED, model=str(tmp_path / "toy")), tmp_path / "out", cache)
+    record = compressed(recipe(**CACHED, model=str(tmp_path / "toy")), tmp_path / "out", cache)
+    assert "calibrate" not in record.stages
 
 
 def test_an_unfinished_calibration_is_not_taken_for_a_finished_one(

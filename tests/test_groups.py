@@ -26,6 +26,7 @@ from lexigram.factors import DenseSpec, GroupSpec, Product, ProductSpec, Shared,
 from lexigram.gram import Gram
 from lexigram.methods import Budget, BudgetTooSmallError, Member, MethodConfig, QuantizeConfig, fit, fit_group, layout
 from lexigram.methods.base import Fitted, layout_group
+from lexigram.planning import plan
 from lexigram.transformers_io import SHARED, FactoredLinear, LexigramConfig, attach_config, factored_layers, share
 from lexigram.transformers_io.linear import shared_matrices
 
@@ -342,6 +343,20 @@ def assert_consistent(model: PreTrainedModel) -> None:
 
 
 SIZES = {"consecutive": [2] * 10, "consecutive 3": [3] * 5, "site": [3, 2] * 4, "matched": [2] * 14}
+
+
+def test_a_kind_shares_over_layers_whether_or_not_its_siblings_are_compressed(toy: Path, words: Path) -> None:
+    settings = {
+        "model": str(toy),
+        "share": "consecutive",
+        "calibration": {"text": [str(words)], "sequences": 4, "length": 64},
+    }
+    name = "model.layers.{}.self_attn.q_proj".format
+    assert plan(Recipe.parse({**settings, "include": ["q_proj"]})).groups == [(name(0), name(1)), (name(2), name(3))]
+    with pytest.raises(LexigramError, match=r"nothing among the 4 layers .* can share by 'consecutive'"):
+        plan(Recipe.parse({**settings, "include": ["o_proj"]}))
+    with pytest.raises(LexigramError, match=r"nothing among the 4 layers .* can share by 'site'"):
+        plan(Recipe.parse({**settings, "share": "site", "include": ["q_proj"]}))
 
 
 @every_run

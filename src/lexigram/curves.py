@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lexigram.allocation.knapsack import choose, interpolated
 from lexigram.allocation.matching import pair_distance, pairs
+from lexigram.allocation.offers import GRID, MEASURED, form_at
 from lexigram.allocation.uniform import budget, uniform
 from lexigram.allocation.units import Allocation, Unit
 from lexigram.calibration.sensitivity import output_sensitivity
@@ -28,25 +29,16 @@ from lexigram.factors import DenseSpec, GroupSpec
 from lexigram.jsonfiles import write_json
 from lexigram.methods import (
     AnyMethod,
-    Budget,
-    BudgetTooSmallError,
     Member,
     MethodConfig,
     QuantizeConfig,
     fit_group,
-    layout_group,
 )
 from lexigram.methods.base import sketch, variants
 from lexigram.planning import Plan
 from lexigram.recipe import UNIFORM
 from lexigram.running import Stages
 from lexigram.targets import Target
-
-MEASURED = (0.1, 0.35, 0.6, 0.8, 0.92)
-"""Ratios at which a unit's error is measured by a sketch."""
-
-GRID = tuple(step / 50 for step in range(1, 47))
-"""Ratios that the knapsack chooses among; errors between the measured ones are interpolated."""
 
 SENSITIVITY_SEQUENCES = 8
 
@@ -166,10 +158,9 @@ def _measured(
 
 
 def _curve(seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member]) -> Curve:
-    dense = sum(target.dense_bytes for target in targets)
     points: dict[int, Point] = {}
     for ratio in MEASURED:
-        spec = _at(method, targets, int((1 - ratio) * dense))
+        spec = form_at(method, targets, ratio)
         if spec is None or spec.bytes in points:
             continue
         try:
@@ -235,7 +226,6 @@ def _offers(
 ) -> list[tuple[Unit, float]]:
     """Every form that a unit may take, with its cost."""
     members = [targets[name] for name in names]
-    dense = sum(member.dense_bytes for member in members)
     keep = GroupSpec(members=tuple(DenseSpec(rows=m.shape[0], cols=m.shape[1]) for m in members))
     # What rounding to bfloat16 does is in every form, and in the reference too.
     found = [(Unit(members=names, method=QuantizeConfig(value_bits=16), spec=keep), 0.0)]
@@ -246,21 +236,10 @@ def _offers(
             sum(price[name] * error for name, error in zip(names, point.errors, strict=True)) for point in curve.points
         ]
         sizes = [point.bytes for point in curve.points]
-        wanted = [
-            _at(curve.method, members, int((1 - ratio) * dense)) for ratio in (GRID if len(sizes) > 1 else (0.0,))
-        ]
+        wanted = [form_at(curve.method, members, ratio) for ratio in (GRID if len(sizes) > 1 else (0.0,))]
         specs = [spec for spec in wanted if spec is not None]
         at = interpolated(sizes, costs, [spec.bytes for spec in specs])
         found += [
             (Unit(members=names, method=curve.method, spec=spec), cost) for spec, cost in zip(specs, at, strict=True)
         ]
     return found
-
-
-def _at(method: MethodConfig, members: Sequence[Target], amount: int) -> GroupSpec | None:
-    """The form within `amount` bytes; None where there is none."""
-    name = "group_" + hashlib.sha256(" ".join(member.name for member in members).encode()).hexdigest()[:8]
-    try:
-        return layout_group(method, [member.shape for member in members], Budget(amount), name)
-    except BudgetTooSmallError:
-        return None

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lexigram.allocation.matching import consecutive, same_site
+from lexigram.allocation.matching import consecutive, same_site, siblings
+from lexigram.allocation.offers import check_reach
 from lexigram.allocation.uniform import budget, uniform
 from lexigram.allocation.units import Allocation
 from lexigram.calibration.text import read_texts
@@ -97,7 +98,7 @@ def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
     _check_cache(cache)
     skeleton = source.skeleton()
     targets = find_targets(skeleton, recipe.include, recipe.exclude)
-    groups = _groups(recipe, targets)
+    groups = _groups(recipe, skeleton, targets)
     allocation = _allocation(recipe, targets, groups)
     length = _length(recipe, config)
     return Plan(
@@ -137,17 +138,24 @@ def _check_cache(cache: str | Path | None) -> None:
         )
 
 
-def _groups(recipe: Recipe, targets: list[Target]) -> list[tuple[str, ...]] | None:
+def _groups(recipe: Recipe, skeleton: PreTrainedModel, targets: list[Target]) -> list[tuple[str, ...]] | None:
     """Which targets share, where their names and shapes tell it."""
     if recipe.share == "matched":
         return None
     if recipe.share == "none":
         return [(target.name,) for target in targets]
-    groups = same_site(targets) if recipe.share == "site" else consecutive(targets, recipe.group)
+    if recipe.share == "site":
+        groups = same_site(targets)
+        needed = "two of them with one input (q, k, v; gate, up)"
+    else:
+        # Siblings in the whole model: q_proj shares over layers whether or not k_proj is compressed too.
+        groups = consecutive(targets, recipe.group, siblings(find_targets(skeleton)))
+        needed = "kinds with one input (q, k, v, gate, up) in neighbouring layers"
     if all(len(names) == 1 for names in groups):
         raise LexigramError(
-            f"nothing in {recipe.model} can share by {recipe.share!r}: no input site has several linear layers here (fused "
-            "projections, or a model that cannot be traced); use `--share matched`, or leave sharing out"
+            f"nothing among the {len(targets)} layers to compress in {recipe.model} can share by {recipe.share!r}, which takes "
+            f"{needed}: the others are excluded, fused into one matrix, or the model cannot be traced; use "
+            "`--share matched`, or leave sharing out"
         )
     return groups
 
@@ -165,7 +173,9 @@ def _allocation(recipe: Recipe, targets: list[Target], groups: list[tuple[str, .
                 )
         return replayed
     if groups is None or recipe.allocation == KNAPSACK:
-        budget(targets, recipe.ratio, recipe.accounting)  # raises for a ratio that is out of range
+        amount = budget(targets, recipe.ratio, recipe.accounting).amount
+        if groups is not None:
+            check_reach(recipe.method, [[by_name[name] for name in names] for names in groups], amount)
         return None
     return uniform(groups, by_name, recipe.method, recipe.ratio, recipe.accounting)
 

@@ -4,9 +4,8 @@ Every rule gives groups of target names in the model's order, with every target 
 target that shares with none. Nothing is fitted here.
 """
 
-import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import networkx as nx
 import torch
@@ -29,7 +28,7 @@ def same_site(targets: Sequence[Target]) -> list[tuple[str, ...]]:
     return [tuple(names) for names in sites.values()]
 
 
-def consecutive(targets: Sequence[Target], size: int, kinds: Sequence[str] = ()) -> list[tuple[str, ...]]:
+def consecutive(targets: Sequence[Target], size: int, sharing: Collection[str] | None = None) -> list[tuple[str, ...]]:
     """Targets of one kind and one shape in `size` consecutive decoder layers, from the first layer on.
 
     A run of layers that `size` does not divide ends in a smaller group. A run also ends where a layer has no such target or
@@ -38,17 +37,14 @@ def consecutive(targets: Sequence[Target], size: int, kinds: Sequence[str] = ())
     Args:
         targets: in the model's order.
         size: layers a group.
-        kinds: glob patterns over kinds or full names of the targets that share; the others stay alone. By default those
-            that see the same input as another target. In the published experiments (Basis Sharing, CoSpaDi) q, k, v, gate
-            and up share and o and down do not, which is the same rule. It finds nothing where these are fused into one
-            matrix, as in GPT-2 or Phi-3.
+        sharing: names of the targets that share; the others stay alone. By default the `siblings` among the targets.
 
     Raises:
-        LexigramError: for a size below 1, or a pattern that matches nothing.
+        LexigramError: for a size below 1.
     """
     if size < 1:
         raise LexigramError(f"a group of {size} layers is none; share over 2 layers or more, or over 1 for no sharing")
-    shared = _matching(targets, kinds) if kinds else _of_shared_sites(targets)
+    shared = siblings(targets) if sharing is None else sharing
     groups: list[list[Target]] = []
     open_groups: dict[str, list[Target]] = {}
     for target in targets:
@@ -61,6 +57,15 @@ def consecutive(targets: Sequence[Target], size: int, kinds: Sequence[str] = ())
         if target.name in shared:
             open_groups[place] = groups[-1]
     return [tuple(target.name for target in group) for group in groups]
+
+
+def siblings(targets: Sequence[Target]) -> set[str]:
+    """The targets that see the same input as another one.
+
+    In the published experiments (Basis Sharing, CoSpaDi) q, k, v, gate and up share over layers and o and down do not, which
+    is this rule. It finds none where these are fused into one matrix, as in GPT-2 or Phi-3.
+    """
+    return {name for names in same_site(targets) if len(names) > 1 for name in names}
 
 
 def pairs(names: Sequence[str], distances: Mapping[tuple[str, str], float]) -> list[tuple[str, ...]]:
@@ -162,22 +167,3 @@ def _follows(earlier: Target, later: Target) -> bool:
     if earlier.layer is None or later.layer is None:
         return False
     return later.layer == earlier.layer + 1 and later.shape == earlier.shape
-
-
-def _of_shared_sites(targets: Sequence[Target]) -> set[str]:
-    return {name for names in same_site(targets) if len(names) > 1 for name in names}
-
-
-def _matching(targets: Sequence[Target], patterns: Sequence[str]) -> set[str]:
-    matched: set[str] = set()
-    for pattern in patterns:
-        hits = {
-            target.name
-            for target in targets
-            if fnmatch.fnmatchcase(target.kind, pattern) or fnmatch.fnmatchcase(target.name, pattern)
-        }
-        if not hits:
-            kinds = ", ".join(sorted({target.kind for target in targets}))
-            raise LexigramError(f"no target to share matches {pattern!r}; the kinds are {kinds}")
-        matched |= hits
-    return matched

@@ -9,6 +9,7 @@ from lexigram.methods import AnyMethod, Budget, BudgetTooSmallError, layout_grou
 from lexigram.targets import Target
 
 Accounting = Literal["bytes", "paper"]
+"""How a ratio is counted: in stored bytes, or in parameters as the paper does."""
 
 
 def budget(targets: Sequence[Target], ratio: float, accounting: Accounting) -> Budget:

@@ -1,0 +1,42 @@
+"""The forms at which a unit is measured and offered to an allocation that chooses. Fits nothing and knows no weights."""
+
+import hashlib
+from collections.abc import Sequence
+
+from lexigram.errors import LexigramError
+from lexigram.factors import GroupSpec
+from lexigram.methods import Budget, BudgetTooSmallError, MethodConfig, layout_group
+from lexigram.methods.base import variants
+from lexigram.targets import Target
+
+MEASURED = (0.1, 0.35, 0.6, 0.8, 0.92)
+"""Ratios at which a unit's error is measured by a sketch."""
+
+GRID = tuple(step / 50 for step in range(1, 47))
+"""Ratios that the knapsack chooses among; errors between the measured ones are interpolated."""
+
+
+def form_at(method: MethodConfig, members: Sequence[Target], ratio: float) -> GroupSpec | None:
+    """The form that has removed `ratio` of the members' bytes; None where the method has none so small."""
+    name = "group_" + hashlib.sha256(" ".join(member.name for member in members).encode()).hexdigest()[:8]
+    amount = int((1 - ratio) * sum(member.dense_bytes for member in members))
+    try:
+        return layout_group(method, [member.shape for member in members], Budget(amount), name)
+    except BudgetTooSmallError:
+        return None
+
+
+def check_reach(method: MethodConfig, groups: Sequence[Sequence[Target]], amount: int) -> None:
+    """Raise LexigramError where the smallest forms that are offered for all groups need more than `amount` bytes."""
+    fewest = 0
+    for members in groups:
+        dense = sum(member.dense_bytes for member in members)
+        forms = [form_at(variant, members, ratio) for variant in variants(method) for ratio in MEASURED]
+        fewest += min((form.bytes for form in forms if form is not None), default=dense)
+    if fewest > amount:
+        before = sum(member.dense_bytes for members in groups for member in members)
+        raise LexigramError(
+            f"a budget of {amount} bytes is too small for the knapsack: the smallest forms that it offers, of {method.name} at "
+            f"most {max(MEASURED):g} removed, need {fewest}, a ratio of {1 - fewest / before:.3f}; lower the ratio, or take "
+            "the allocation uniform"
+        )
