@@ -26,6 +26,20 @@ import lexigram
 from conftest import TOYS, build_toy
 from lexigram.calibration.gram import GramAccumulator
 from lexigram.errors import LexigramError
+from lexigram.factors import (
+    Bfloat,
+    Codec,
+    DenseSpec,
+    Factor,
+    Integer,
+    Product,
+    Shared,
+    SharedSpec,
+    Sparse,
+    SparseSpec,
+    Sum,
+    encode,
+)
 from lexigram.methods import Budget, CospadiConfig, MethodConfig, SvdConfig, fit, layout
 from lexigram.targets import find_targets, weight_of
 from lexigram.transformers_io import (
@@ -36,6 +50,7 @@ from lexigram.transformers_io import (
     factored_layers,
     is_compressed,
     load,
+    share,
 )
 
 METHODS: dict[str, MethodConfig] = {
@@ -68,6 +83,61 @@ def _compressed(name: str, method: str, dtype: torch.dtype) -> PreTrainedModel:
 def compressed(name: str = "llama", method: str = "cospadi", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A compressed toy of one's own."""
     return copy.deepcopy(_compressed(name, method, dtype))
+
+
+def pruned(weight: Tensor, codec: Codec, block: tuple[int, int] = (1, 1), index: Any = "bitmask") -> Factor:
+    """The stronger half of a weight's blocks; a block's side of 0 is the whole side of the weight."""
+    rows, cols = weight.shape
+    height, width = block[0] or rows, block[1] or cols
+    strength = weight.square().view(rows // height, height, cols // width, width).sum(dim=(1, 3))
+    kept = strength >= strength.median()
+    support = kept.repeat_interleave(height, 0).repeat_interleave(width, 1)
+    spec = SparseSpec(
+        rows=rows, cols=cols, nonzeros=int(support.sum()), codec=codec, index=index, block=(height, width)
+    )
+    return Sparse.encode(weight, spec, support)
+
+
+def low_rank(weight: Tensor, rank: int = 5) -> Factor:
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    parts = u[:, :rank] * s[:rank], v[:rank]
+    return Product(*(encode(part, DenseSpec(rows=part.shape[0], cols=part.shape[1])) for part in parts))
+
+
+def low_rank_and_sparse(weight: Tensor) -> Factor:
+    smooth = low_rank(weight)
+    return Sum(smooth, pruned(weight - smooth.to_dense(), Integer(bits=4, group=32), index="list"))
+
+
+FORMS: dict[str, Callable[[Tensor], Factor]] = {
+    "pruned": lambda weight: pruned(weight, Bfloat()),
+    "pruned, list, 14 bits": lambda weight: pruned(weight, Bfloat(bits=14), index="list"),
+    "blocks int4": lambda weight: pruned(weight, Integer(bits=4, group=32), (4, 8)),
+    "blocks, list": lambda weight: pruned(weight, Bfloat(), (1, 16), "list"),
+    "rows": lambda weight: pruned(weight, Bfloat(), (1, 0)),
+    "columns int8": lambda weight: pruned(weight, Integer(bits=8, group=16), (0, 1)),
+    "low rank and sparse": low_rank_and_sparse,
+    "sum of sums": lambda weight: Sum(Sum(pruned(weight, Bfloat()), low_rank(weight, 2)), low_rank(weight, 1)),
+}
+"""Whole forms of a layer, by its weight; no method has to make them for the format to have them."""
+
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+@functools.cache
+def _formed(name: str, form: str) -> PreTrainedModel:
+    model = build_toy(name)
+    for target in find_targets(model):
+        module = model.get_submodule(target.name)
+        factors = FORMS[form](weight_of(module).detach().contiguous())
+        model.set_submodule(target.name, FactoredLinear(factors, module.bias, transposed=target.transposed))
+    attach_config(model)
+    return model
+
+
+def formed(name: str, form: str) -> PreTrainedModel:
+    """A toy of one's own, every target in this form."""
+    return copy.deepcopy(_formed(name, form))
 
 
 @pytest.fixture
@@ -321,6 +391,101 @@ def test_partly_compressed_models(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path, dense=True)), logits(load(tmp_path, dense=True)))
 
 
+# --- every form as a whole layer ---------------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_every_form_comes_back_bit_for_bit(name: str, form: str, tmp_path: Path) -> None:
+    model = formed(name, form)
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(build_toy(name)), atol=1e-2), "the layers are not what they were"
+    model.save_pretrained(tmp_path / "a")
+    found = opened(tmp_path / "a")
+    assert torch.equal(logits(found), expected)
+    assert {n: m.spec for n, m in factored_layers(found)} == {n: m.spec for n, m in factored_layers(model)}
+    assert len(list(factored_layers(found))) == len(find_targets(build_toy(name)))
+    tensors = factor_tensors(stored(tmp_path / "a"))
+    ours = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert ours == sum(module.spec.factors.bytes for _, module in factored_layers(model))
+    found.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("lexigram-*.safetensors"))) > 2
+    assert_equal_tensors(stored(tmp_path / "sharded"), stored(tmp_path / "a"))
+    assert torch.equal(logits(load(tmp_path / "sharded")), expected)
+    found.half().float().bfloat16().double().float()
+    found.save_pretrained(tmp_path / "b")
+    assert_equal_tensors(factor_tensors(stored(tmp_path / "b")), tensors)
+    configs = [json.loads((tmp_path / f / "config.json").read_text())["quantization_config"] for f in "ab"]
+    assert configs[0] == configs[1]
+
+
+@every_form
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_form_exports_as_an_ordinary_model(name: str, form: str, tmp_path: Path) -> None:
+    model, reference = formed(name, form), build_toy(name)
+    for layer, module in factored_layers(model):
+        with torch.no_grad():
+            weight_of(reference.get_submodule(layer)).copy_(module.factors.to_dense())
+    assert torch.allclose(logits(model), logits(reference), rtol=1e-3, atol=1e-4)
+    model.save_pretrained(tmp_path / "a")
+    export_dense(tmp_path / "a", tmp_path / "b")
+    ordinary = opened(tmp_path / "b")
+    assert not list(factored_layers(ordinary))
+    assert torch.equal(logits(ordinary), logits(reference))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["blocks int4", "low rank and sparse"])
+def test_every_form_follows_the_dtype_argument(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = formed("llama", form)
+    model.save_pretrained(tmp_path)
+    found = load(tmp_path, dtype=dtype)
+    assert logits(found).dtype == dtype
+    assert torch.allclose(logits(found).float(), logits(model), rtol=0.1, atol=0.05)
+    assert_equal_tensors(factor_tensors(dict(found.state_dict())), factor_tensors(stored(tmp_path)))
+    assert {parameter.dtype for parameter in load(tmp_path, dtype=dtype, dense=True).parameters()} == {dtype}
+
+
+def test_a_sum_with_a_shared_matrix_comes_back(tmp_path: Path) -> None:
+    model = build_toy("llama")
+    reference = SharedSpec(name="common", rows=8, cols=64)
+    owner = low_rank(model.model.layers[0].self_attn.q_proj.weight.detach(), 8).right
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_proj.weight.detach()
+        left = encode(weight @ torch.linalg.pinv(owner.to_dense()), DenseSpec(rows=64, cols=8))
+        smooth = Product(left, Shared(reference, owner))
+        rest = pruned(weight - smooth.to_dense(), Bfloat(), index="list")
+        layer.self_attn.q_proj = FactoredLinear(Sum(smooth, rest))
+    share(model, {"common": owner})
+    attach_config(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "a", max_shard_size="20KB")
+    found = load(tmp_path / "a")
+    assert torch.equal(logits(found), expected)
+    assert [key for key in stored(tmp_path / "a") if "common" in key] == ["lexigram_shared.common.values"]
+    found.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(opened(tmp_path / "b")), expected)
+    assert torch.allclose(logits(load(tmp_path / "b", dense=True)), expected, rtol=1e-3, atol=1e-4)
+    edit_config(tmp_path / "b", lambda c: c["shared"]["common"].update(rows=9))
+    with pytest.raises(LexigramError, match=r"q_proj shares common as 8 x 64, which is described as 9 x 64"):
+        opened(tmp_path / "b")
+
+
+def test_checkpoints_from_before_there_were_blocks_mean_the_same(tmp_path: Path) -> None:
+    model = compressed()
+    model.save_pretrained(tmp_path)
+
+    def forget(config: dict[str, Any]) -> None:
+        for layer in config["layers"].values():
+            del layer["factors"]["left"]["index"], layer["factors"]["left"]["block"]
+
+    edit_config(tmp_path, forget)
+    assert "block" not in (tmp_path / "config.json").read_text()
+    for found in (load(tmp_path), opened(tmp_path)):
+        assert torch.equal(logits(found), logits(model))
+        assert {n: m.spec for n, m in factored_layers(found)} == {n: m.spec for n, m in factored_layers(model)}
+
+
 # --- dense again -------------------------------------------------------------------------------------------------
 
 
@@ -516,6 +681,51 @@ def test_damaged_factors_also_stop_plain_from_pretrained(kind: str, saved: Path)
     edit_tensors(saved, change)
     with pytest.raises(LexigramError, match=message):
         opened(saved)
+
+
+SUM_DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "counts": (lambda t: flip(t, f"{LAYER}.factors.right.counts", 0, 1), "right: the counts add up to"),
+    "columns": (
+        lambda t: t[f"{LAYER}.factors.right.columns"].fill_(0),
+        "right: the column numbers of block-row 0 do not increase",
+    ),
+    "columns missing": (lambda t: t.pop(f"{LAYER}.factors.right.columns"), r"factors\.right\.columns is missing"),
+    "a mask beside": (
+        lambda t: t.update({f"{LAYER}.factors.right.mask": torch.zeros(3, dtype=torch.uint8)}),
+        r"factors\.right\.mask is stored, but",
+    ),
+    "low rank": (
+        lambda t: t[f"{LAYER}.factors.left.left.values"].fill_(0x7FC0),
+        "left: left: a stored value is not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("opener", [load, opened])
+@pytest.mark.parametrize("kind", sorted(SUM_DAMAGE))
+def test_damaged_sums_are_named(kind: str, opener: Callable[[Path], Any], tmp_path: Path) -> None:
+    change, message = SUM_DAMAGE[kind]
+    formed("llama", "low rank and sparse").save_pretrained(tmp_path)
+    edit_tensors(tmp_path, change)
+    with pytest.raises(LexigramError, match=f"damaged.*{LAYER}.*{message}"):
+        opener(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block": [3, 8]}, rf"malformed at {LAYER}.*blocks of 3 x 8 do not divide 128 x 64"),
+        ({"block": [4, 4]}, rf"damaged: {LAYER}\.factors\.mask is"),
+        ({"index": "list"}, rf"damaged: {LAYER}\.factors\.columns is missing"),
+        ({"index": "tree"}, rf"malformed at {LAYER}.*'bitmask' or 'list'"),
+        ({"nonzeros": 33}, rf"malformed at {LAYER}.*33 non-zeros are no whole number of blocks of 4 x 8"),
+    ],
+)
+def test_a_damaged_description_of_blocks_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    formed("llama", "blocks int4").save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda c: c["layers"][LAYER]["factors"].update(change))
+    with pytest.raises(LexigramError, match=message):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("part", [0, 4, 0.5, 0.999])

@@ -1,15 +1,18 @@
 """Bit packing, codecs and the algebra of stored matrices, against oracles that know nothing of them.
 
 The oracles: `numpy.packbits` and a stream of bits in pure Python for packing, torch's own bfloat16 for 16 bits, for fewer
-bits the neighbours of a value in the complete, sorted list of what can be stored, and for integers all of that list.
+bits the neighbours of a value in the complete, sorted list of what can be stored, and for integers all of that list; for the
+places and the order of stored blocks, `scipy.sparse.bsr_array`.
 """
 
 import copy
 import io
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,23 +22,30 @@ from torch import Tensor, nn
 
 from lexigram.factors import (
     Bfloat,
+    Codec,
     Dense,
     DenseSpec,
     Factor,
     Grid,
+    GroupSpec,
     Integer,
     Product,
     ProductSpec,
+    Shared,
+    SharedSpec,
     Sparse,
     SparseSpec,
+    Sum,
+    SumSpec,
     empty,
     encode,
     factor_spec,
     group_size,
+    in_blocks,
 )
-from lexigram.factors.bits import pack_bits, packed_bytes, unpack_bits
+from lexigram.factors.bits import narrowest_width, pack_bits, packed_bytes, unpack_bits
 
-WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16]
+WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28]
 CODEC_WIDTHS = [10, 12, 14, 16]
 
 quick = settings(max_examples=60, deadline=None)
@@ -91,10 +101,17 @@ def test_packing_reads_a_transposed_matrix_row_by_row() -> None:
     assert unpack_bits(pack_bits(matrix, 6), 35, 6).tolist() == matrix.reshape(-1).tolist()
 
 
-@pytest.mark.parametrize("bits", [0, 9, 11, 13, 15, 17])
+@pytest.mark.parametrize("bits", [0, 9, 11, 13, 15, 17, 18, 22, 26, 30, 32])
 def test_other_widths_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match=f"{bits} bits"):
         pack_bits(torch.zeros(4, dtype=torch.int64), bits)
+
+
+def test_the_narrowest_width_is_the_first_that_holds_the_largest() -> None:
+    for largest in [*range(70), *(2**bits + step for bits in range(7, 28) for step in (-1, 0, 1)), 2**28 - 1]:
+        assert narrowest_width(largest) == min(bits for bits in WIDTHS if largest in range(2**bits))
+    with pytest.raises(ValueError, match="up to 268435456; the widest are of 28 bits"):
+        narrowest_width(2**28)
 
 
 # --- the codec ---------------------------------------------------------------------------------------------------
@@ -434,6 +451,38 @@ def product(left: tuple[Factor, Tensor], right: tuple[Factor, Tensor]) -> tuple[
     return Product(left[0], right[0]), left[1] @ right[1]
 
 
+def total(left: tuple[Factor, Tensor], right: tuple[Factor, Tensor]) -> tuple[Factor, Tensor]:
+    return Sum(left[0], right[0]), left[1] + right[1]
+
+
+def in_grid(codec: Codec, values: Tensor) -> tuple[Tensor, Grid]:
+    """Values that the codec holds without rounding, and the grid that they are in."""
+    grid = codec.grid(values)
+    return codec.round(values, grid), grid
+
+
+def block_leaf(
+    table: Tensor, block: tuple[int, int], index: Any = "bitmask", codec: Codec | None = None, seed: int = 0
+) -> tuple[Sparse, Tensor]:
+    """Random values in the blocks that a bool table names; the matrix is put together block by block."""
+    codec = codec or Bfloat()
+    (rows, cols), (height, width) = table.shape, block
+    values, grid = in_grid(codec, weights_like(int(table.sum()), height, width, seed=seed))
+    matrix, support = torch.zeros(rows * height, cols * width), torch.zeros(rows * height, cols * width).bool()
+    for values_of_one, (row, col) in zip(values, table.nonzero().tolist(), strict=True):
+        where = slice(row * height, (row + 1) * height), slice(col * width, (col + 1) * width)
+        matrix[where], support[where] = values_of_one, True
+    spec = SparseSpec(
+        rows=rows * height, cols=cols * width, nonzeros=values.numel(), codec=codec, index=index, block=block
+    )
+    return Sparse.encode(matrix, spec, support, grid), matrix
+
+
+def some_of(rows: int, cols: int, kept: int, seed: int = 0) -> Tensor:
+    """A bool table with so many entries set."""
+    return sparse_matrix(rows, cols, kept, seed) != 0
+
+
 CASES = {
     "dense": lambda: dense_leaf(),
     "dense 14 bits": lambda: dense_leaf(bits=14),
@@ -456,6 +505,23 @@ CASES = {
     "sparse int6, nothing": lambda: integer_leaf(Integer(bits=6), nonzeros=0),
     "cospadi int4": lambda: product(
         integer_leaf(Integer(bits=4, group=6), 9, 4, 18), integer_leaf(Integer(bits=4, group=3, symmetric=True), 4, 6)
+    ),
+    "list": lambda: block_leaf(some_of(5, 7, 11), (1, 1), "list"),
+    "list, int4": lambda: block_leaf(some_of(5, 7, 11), (1, 1), "list", Integer(bits=4, group=5)),
+    "list, nothing": lambda: block_leaf(some_of(5, 7, 0), (1, 1), "list", Bfloat(bits=12)),
+    "list, everything": lambda: block_leaf(some_of(3, 8, 24), (1, 1), "list"),
+    "list, 300 columns": lambda: block_leaf(some_of(4, 300, 37), (1, 1), "list", Bfloat(bits=14)),
+    "blocks": lambda: block_leaf(some_of(4, 3, 5), (2, 3)),
+    "blocks, list, int3": lambda: block_leaf(some_of(4, 3, 5), (2, 3), "list", Integer(bits=3, group=6)),
+    "one block": lambda: block_leaf(some_of(1, 1, 1), (5, 4), "list"),
+    "rows": lambda: block_leaf(some_of(6, 1, 2), (1, 7), codec=Integer(bits=6, group=7)),
+    "columns, list": lambda: block_leaf(some_of(1, 7, 3), (6, 1), "list"),
+    "cospadi, blocks": lambda: product(block_leaf(some_of(9, 2, 7), (1, 2), "list"), dense_leaf(4, 6)),
+    "low rank and sparse": lambda: total(product(dense_leaf(9, 4), dense_leaf(4, 6)), sparse_leaf(9, 6, 11, bits=14)),
+    "two sparse": lambda: total(sparse_leaf(), block_leaf(some_of(5, 7, 4), (1, 1), "list", Integer(bits=2))),
+    "sums in sums": lambda: total(total(dense_leaf(), sparse_leaf()), sparse_leaf(nonzeros=2)),
+    "a product of sums": lambda: product(
+        total(dense_leaf(9, 4), sparse_leaf(9, 4, 5)), total(dense_leaf(4, 6, bits=12), sparse_leaf(4, 6, 3))
     ),
     "nested": lambda: product(sparse_leaf(9, 4, 18), product(dense_leaf(4, 3), sparse_leaf(3, 8, 7, bits=10))),
 }
@@ -592,6 +658,224 @@ def test_a_sparse_grid_must_be_that_of_the_stored_values() -> None:
         Sparse.encode(matrix, spec, grid=codec.grid(matrix))
 
 
+# --- indices and blocks -------------------------------------------------------------------------------------------
+
+INDEX_NAMES = ["bitmask", "list"]
+BLOCKS = [(1, 1), (1, 4), (3, 1), (2, 3), (4, 4)]
+CODECS = [*(Bfloat(bits=bits) for bits in (10, 12, 14, 16)), Integer(bits=8), Integer(bits=4, group=8)]  # type: ignore[arg-type]
+CODECS += [Integer(bits=3, group=5), Integer(bits=2, group=1, symmetric=True)]
+every_index = pytest.mark.parametrize("index", INDEX_NAMES)
+
+
+def narrowest(largest: int) -> int:
+    return min(bits for bits in WIDTHS if largest < 2**bits)
+
+
+def index_bytes(index: str, table: np.ndarray) -> dict[str, bytes]:
+    """The definition: a bit a block; or what scipy's rows of a sparse matrix say, packed as one long number each."""
+    if index == "bitmask":
+        return {"mask": np.packbits(table, bitorder="little").tobytes()}
+    rows = scipy.sparse.csr_array(table)
+    rows.sort_indices()
+    cols = table.shape[1]
+    return {
+        "columns": bit_stream(rows.indices.tolist(), narrowest(cols - 1)),
+        "counts": bit_stream(np.diff(rows.indptr).tolist(), narrowest(cols)),
+    }
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Tensor:
+    """A bool table of kept blocks: random ones, also none, all, empty rows, and more columns than one byte numbers."""
+    rows, cols = draw(st.integers(1, 7)), draw(st.sampled_from([1, 2, 3, 5, 8, 9, 16, 17, 255, 256, 257, 1025]))
+    return some_of(rows, cols, draw(st.integers(0, rows * cols)), seed=draw(st.integers(0, 99)))
+
+
+@quick
+@given(tables(), st.sampled_from(BLOCKS), st.sampled_from(INDEX_NAMES))
+def test_places_and_order_are_those_of_scipys_block_matrix(table: Tensor, block: tuple[int, int], index: str) -> None:
+    factor, matrix = block_leaf(table, block, index)
+    factor.check()
+    assert torch.equal(factor.to_dense(), matrix)
+    assert torch.equal(factor.support(), table.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1))
+    oracle = scipy.sparse.bsr_array(matrix.numpy(), blocksize=block)
+    oracle.sort_indices()
+    if len(oracle.data) == int(table.sum()):  # scipy drops a block whose values all happen to be zero
+        assert np.array_equal(factor.decode(torch.float32).numpy(), oracle.data.reshape(-1))
+    stored = {name: tensor.numpy().tobytes() for name, tensor in factor.named_parameters() if name != "values"}
+    assert stored == index_bytes(index, table.numpy())
+
+
+@every_index
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_every_index_block_and_codec_comes_back_bit_for_bit(codec: Codec, block: tuple[int, int], index: str) -> None:
+    for kept in (0, 1, 13, 30):
+        factor, matrix = block_leaf(some_of(5, 6, kept), block, index, codec, seed=kept)
+        factor.check()
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            assert torch.equal(factor.to_dense(dtype), matrix.to(dtype))
+        assert factor.to_dense().is_contiguous()
+        wanted = sum(map(len, index_bytes(index, some_of(5, 6, kept).numpy()).values()))
+        assert factor.spec.bytes == wanted + sum(
+            part.bytes for part in codec.stored(matrix.numel() * kept // 30).values()
+        )
+        with torch.device("meta"):
+            blank = empty(factor.spec)
+        blank.load_state_dict(factor.state_dict(), assign=True)
+        assert torch.equal(blank.to_dense(), matrix)
+
+
+@pytest.mark.parametrize("codec", [Bfloat(), Bfloat(bits=14), Integer(bits=4, group=3)], ids=repr)
+def test_single_entries_are_stored_as_before_there_were_blocks(codec: Codec) -> None:
+    matrix = sparse_matrix(6, 11, 23)
+    kept = matrix[matrix != 0]
+    old = {"form": "sparse", "rows": 6, "cols": 11, "nonzeros": 23, "codec": codec.model_dump()}
+    spec = factor_spec.validate_python(old)
+    assert spec == SparseSpec(rows=6, cols=11, nonzeros=23, codec=codec, index="bitmask", block=(1, 1))
+    factor = empty(spec)
+    mask = torch.from_numpy(np.packbits(matrix.numpy() != 0, bitorder="little"))
+    factor.load_state_dict({"mask": mask, **codec.encode(kept)})
+    factor.check()
+    stored = codec.decode(codec.encode(kept), 23, torch.float32)
+    assert torch.equal(factor.to_dense(), torch.zeros(6, 11).masked_scatter(matrix != 0, stored))
+    again = encode(matrix, spec).state_dict()
+    assert again.keys() == factor.state_dict().keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in factor.state_dict().items())
+
+
+@every_index
+def test_blocks_with_a_non_zero_are_kept_whole_and_filled_up_with_the_first_empty_ones(index: Any) -> None:
+    matrix = torch.zeros(4, 6)
+    matrix[0, 5], matrix[3, 2] = 2.0, -1.0  # in the last block of the first row, the second of the second
+    tall = torch.zeros(4, 6, dtype=torch.bool)
+    tall[0:2, 4:6] = tall[2:4, 2:4] = True
+    spec = SparseSpec(rows=4, cols=6, nonzeros=8, index=index, block=(2, 2))
+    for wanted, of_spec, places in (
+        (matrix, spec, tall),
+        (matrix.T.contiguous().T, spec, tall),  # not laid out row by row
+        (matrix.T, spec.model_copy(update={"rows": 6, "cols": 4}), tall.T),
+    ):
+        factor = Sparse.encode(wanted, of_spec)
+        assert torch.equal(factor.to_dense(), wanted)
+        assert torch.equal(factor.support(), places)
+    filled = Sparse.encode(matrix, spec.model_copy(update={"nonzeros": 12}))
+    tall[0:2, 0:2] = True
+    assert torch.equal(filled.support(), tall)
+    assert torch.equal(filled.to_dense(), matrix)
+    with pytest.raises(ValueError, match="8 non-zeros do not fit into the spec's 4, counted in whole blocks of 2 x 2"):
+        Sparse.encode(matrix, spec.model_copy(update={"nonzeros": 4}))
+
+
+@every_index
+def test_a_support_that_cuts_through_a_block_is_refused(index: Any) -> None:
+    matrix, support = exact(4, 6), torch.zeros(4, 6, dtype=torch.bool)
+    support[2:4, 3:6] = True
+    spec = SparseSpec(rows=4, cols=6, nonzeros=6, index=index, block=(2, 3))
+    kept = support.clone()
+    factor = Sparse.encode(matrix, spec, support)
+    assert torch.equal(factor.to_dense(), matrix * support)
+    assert torch.equal(support, kept), "the caller's support is left alone"
+    for at, value in (((0, 0), True), ((3, 5), False)):
+        cut = support.clone()
+        cut[at] = value
+        with pytest.raises(ValueError, match="whole blocks of 2 x 3"):
+            Sparse.encode(matrix, spec, cut)
+
+
+def test_the_view_in_blocks_reads_and_writes_the_matrix() -> None:
+    matrix = torch.arange(24.0).view(4, 6)
+    blocks = in_blocks(matrix, (2, 3))
+    assert blocks.shape == (2, 2, 2, 3)
+    for row, col in itertools.product(range(2), range(2)):
+        assert torch.equal(blocks[row, col], matrix[2 * row : 2 * row + 2, 3 * col : 3 * col + 3])
+    blocks[1, 0] = -1
+    assert bool((matrix[2:, :3] == -1).all())
+    assert bool((in_blocks(matrix.T, (3, 2))[0, 1] == -1).all()), "also of a transposed matrix"
+
+
+@quick
+@given(
+    st.integers(1, 40),
+    st.integers(1, 400),
+    st.floats(0, 1),
+    st.sampled_from(CODECS),
+    st.sampled_from(BLOCKS),
+)
+def test_the_lightest_index_is_the_lightest(
+    rows: int, cols: int, density: float, codec: Codec, block: tuple[int, int]
+) -> None:
+    table = some_of(rows, cols, int(density * rows * cols))
+    nonzeros = int(table.sum()) * block[0] * block[1]
+    spec = SparseSpec.lightest(rows * block[0], cols * block[1], nonzeros, codec, block)
+    sizes = {name: sum(map(len, index_bytes(name, table.numpy()).values())) for name in INDEX_NAMES}
+    assert spec.bytes - sum(part.bytes for part in codec.stored(nonzeros).values()) == min(sizes.values())
+    assert spec.index == ("list" if sizes["list"] < sizes["bitmask"] else "bitmask")
+    assert (spec.rows, spec.cols, spec.nonzeros) == (rows * block[0], cols * block[1], nonzeros)
+    assert (spec.codec, spec.block) == (codec, block)
+
+
+def test_the_lists_pay_where_little_is_kept() -> None:
+    """12 bits for a column among 4096 against one bit an entry: below 1 in 12."""
+    for share, index in ((16, "list"), (8, "bitmask")):
+        assert SparseSpec.lightest(4096, 4096, 4096 * 4096 // share, Bfloat()).index == index
+
+
+def test_a_layer_of_a_large_vocabulary_can_be_listed() -> None:
+    """More columns than 16 bits number."""
+    matrix = torch.zeros(2, 70_000)
+    matrix[0, 69_999], matrix[1, 0], matrix[1, 65_536] = 1.0, 2.0, 3.0
+    factor = Sparse.encode(matrix, SparseSpec.lightest(2, 70_000, 3, Bfloat()))
+    assert factor.spec.index == "list"
+    assert factor.spec.bytes == 3 * 2 + 8 + 5  # values; 3 columns and 2 counts of 20 bits
+    factor.check()
+    assert torch.equal(factor.to_dense(), matrix)
+
+
+# --- sums ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sum_is_added_in_float32() -> None:
+    shapes = ((40, 3), (3, 50), (40, 50))
+    first, second, right = (encode(weights_like(*shape), DenseSpec(rows=shape[0], cols=shape[1])) for shape in shapes)
+    left = Product(first, second)
+    expected = left.to_dense().numpy() + right.to_dense().numpy()
+    found = Sum(left, right)
+    assert np.array_equal(found.to_dense().numpy(), expected)
+    assert torch.equal(found.to_dense(torch.bfloat16), torch.from_numpy(expected).bfloat16())
+    rounded_twice = left.to_dense(torch.bfloat16) + right.to_dense(torch.bfloat16)
+    assert not torch.equal(found.to_dense(torch.bfloat16), rounded_twice)
+
+
+def test_a_sum_may_share_a_matrix_inside() -> None:
+    owner, matrix = dense_leaf(4, 6)
+    reference = SharedSpec(name="common", rows=4, cols=6)
+    left, own = sparse_leaf(9, 4, 18)
+    rest, sparse = sparse_leaf(9, 6, 7)
+    factor = Sum(Product(left, Shared(reference, owner)), rest)
+    assert torch.allclose(factor.to_dense(), own @ matrix + sparse, rtol=1e-6)
+    assert list(factor.spec.references()) == [reference]
+    assert factor.spec.bytes == left.spec.bytes + rest.spec.bytes, "what is shared is counted where it lies"
+    assert [path for path, _ in factor.spec.leaves()] == ["left.left", "right"]
+    assert GroupSpec(members=(factor.spec, factor.spec), shared=owner.spec).bytes == (
+        2 * factor.spec.bytes + owner.spec.bytes
+    )
+    blank = empty(factor_spec.validate_json(factor.spec.model_dump_json()), {"common": owner})
+    blank.load_state_dict(factor.state_dict())
+    assert torch.equal(blank.to_dense(), factor.to_dense())
+    with pytest.raises(ValueError, match="common is not described"):
+        empty(factor.spec)
+    with pytest.raises(ValidationError, match="the members refer to"):
+        GroupSpec(members=(factor.spec,))
+
+
+def test_sums_of_other_shapes_do_not_exist() -> None:
+    with pytest.raises(ValidationError, match="a sum of 5 x 7 and 5 x 6 does not exist; the shapes must agree"):
+        Sum(dense_leaf(5, 7)[0], dense_leaf(5, 6)[0])
+    with pytest.raises(ValueError, match="'sum' is none; encode its parts"):
+        encode(torch.zeros(3, 4), SumSpec(left=DenseSpec(rows=3, cols=4), right=DenseSpec(rows=3, cols=4)))
+
+
 def test_too_many_non_zeros_are_refused() -> None:
     with pytest.raises(ValueError, match="12 non-zeros do not fit"):
         encode(sparse_matrix(5, 5, 12), SparseSpec(rows=5, cols=5, nonzeros=11))
@@ -634,6 +918,21 @@ def test_a_matrix_of_another_shape_or_a_product_is_refused() -> None:
             "inner dimensions",
         ),
         ({"form": "product", "left": {"form": "dense", "rows": 2, "cols": 3}}, "right"),
+        ({"form": "sum", "left": {"form": "dense", "rows": 2, "cols": 3}}, "right"),
+        (
+            {
+                "form": "sum",
+                "left": {"form": "dense", "rows": 2, "cols": 3},
+                "right": {"form": "dense", "rows": 3, "cols": 2},
+            },
+            "a sum of 2 x 3 and 3 x 2 does not exist",
+        ),
+        ({"form": "sparse", "rows": 4, "cols": 6, "nonzeros": 4, "index": "tree"}, "index"),
+        ({"form": "sparse", "rows": 4, "cols": 6, "nonzeros": 4, "block": [2]}, "block"),
+        ({"form": "sparse", "rows": 4, "cols": 6, "nonzeros": 4, "block": [0, 2]}, "block"),
+        ({"form": "sparse", "rows": 4, "cols": 6, "nonzeros": 12, "block": [3, 1]}, "3 x 1 do not divide 4 x 6"),
+        ({"form": "sparse", "rows": 4, "cols": 6, "nonzeros": 16, "block": [1, 4]}, "1 x 4 do not divide 4 x 6"),
+        ({"form": "sparse", "rows": 4, "cols": 6, "nonzeros": 9, "block": [2, 2]}, "9 non-zeros are no whole number"),
     ],
 )
 def test_malformed_specs_are_refused(data: dict[str, Any], message: str) -> None:
@@ -655,6 +954,45 @@ def test_check_finds_a_wrong_mask(side: str) -> None:
     mask[1] ^= 4
     with pytest.raises(ValueError, match=r"^(left: )?the mask has (10|12|17|19) bits set for (11|18) stored values"):
         replaced(factor, f"{side}mask", mask).check()
+
+
+def damaged_list(columns: list[int], counts: list[int]) -> Factor:
+    """A table of 3 x 5 blocks with four of them stored, whose index says what it is told."""
+    factor, _ = block_leaf(some_of(3, 5, 4), (2, 3), "list")
+    replaced(factor, "columns", pack_bits(torch.tensor(columns), 3))
+    return replaced(factor, "counts", pack_bits(torch.tensor(counts), 3))
+
+
+@pytest.mark.parametrize(
+    ("columns", "counts", "message"),
+    [
+        ([0, 4, 1, 2], [2, 0, 1], "the counts add up to 3 blocks for 24 stored values in blocks of 2 x 3"),
+        ([0, 4, 1, 2], [2, 0, 7], "the counts add up to 9 blocks for 24 stored values"),
+        ([0, 5, 1, 2], [2, 0, 2], "column number 5 is beyond the 5 block-columns"),
+        ([0, 4, 1, 7], [2, 0, 2], "column number 7 is beyond"),
+        ([0, 4, 2, 1], [2, 0, 2], "the column numbers of block-row 2 do not increase"),
+        ([3, 3, 1, 2], [2, 0, 2], "the column numbers of block-row 0 do not increase"),
+        ([0, 4, 1, 2], [1, 3, 0], "the column numbers of block-row 1 do not increase"),
+    ],
+)
+def test_check_finds_a_wrong_list(columns: list[int], counts: list[int], message: str) -> None:
+    damaged_list([0, 4, 1, 2], [2, 0, 2]).check()
+    damaged = damaged_list(columns, counts)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        damaged.check()
+    low_rank = product(dense_leaf(6, 4), dense_leaf(4, 15))[0]
+    with pytest.raises(ValueError, match=f"^right: {message}"):
+        Sum(low_rank, damaged).check()
+    with pytest.raises(ValueError, match=f"^left: left: {message}"):
+        Sum(Product(damaged, dense_leaf(15, 3)[0]), dense_leaf(6, 3)[0]).check()
+
+
+def test_check_counts_the_bits_of_whole_blocks() -> None:
+    factor, _ = block_leaf(some_of(3, 5, 4), (2, 3))
+    mask = factor.get_parameter("mask").detach().clone()
+    mask[0] ^= 1
+    with pytest.raises(ValueError, match=r"^the mask has [35] bits set for 24 stored values in blocks of 2 x 3"):
+        replaced(factor, "mask", mask).check()
 
 
 @pytest.mark.parametrize("side", ["", "right."])

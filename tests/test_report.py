@@ -20,6 +20,7 @@ from lexigram.factors import (
     ProductSpec,
     SharedSpec,
     SparseSpec,
+    SumSpec,
 )
 from lexigram.records import LayerRecord
 from lexigram.targets import Target
@@ -173,10 +174,40 @@ def test_sizes(count: float, said: str) -> None:
             ProductSpec(left=SparseSpec(rows=4, cols=4, nonzeros=8), right=SparseSpec(rows=4, cols=9, nonzeros=4)),
             "(sparse 4x4, 2 a row) (sparse 4x9, 1 a row)",
         ),
+        (SparseSpec(rows=4, cols=9, nonzeros=12, index="list", codec=Integer(bits=4)), "sparse 4x9, 3 a row int4"),
+        (SparseSpec(rows=4, cols=9, nonzeros=12, block=(2, 3)), "sparse 4x9, 3 a row in 2x3 blocks"),
+        (SparseSpec(rows=4, cols=9, nonzeros=18, block=(1, 9)), "sparse 4x9, 2 of 4 rows"),
+        (SparseSpec(rows=4, cols=9, nonzeros=12, block=(4, 1)), "sparse 4x9, 3 of 9 columns"),
+        (
+            ProductSpec(
+                left=SparseSpec(rows=8, cols=6, nonzeros=24, block=(1, 3), codec=Integer(bits=8)),
+                right=DenseSpec(rows=6, cols=5, codec=Bfloat(bits=12)),
+            ),
+            "k 6 s 3 in 1x3 blocks int8 x 12-bit",
+        ),
+        (
+            SumSpec(
+                left=low_rank((64, 32), 5), right=SparseSpec(rows=64, cols=32, nonzeros=128, codec=Integer(bits=8))
+            ),
+            "rank 5 + sparse 64x32, 2 a row int8",
+        ),
+        (
+            ProductSpec(
+                left=SharedSpec(name="group_0", rows=4, cols=4),
+                right=SumSpec(left=DenseSpec(rows=4, cols=9), right=SparseSpec(rows=4, cols=9, nonzeros=4)),
+            ),
+            "(shared 4x4) (dense 4x9 + sparse 4x9, 1 a row)",
+        ),
     ],
 )
 def test_forms_in_the_fields_own_words(spec: FactorSpec, said: str) -> None:
     assert report.form(spec.model_dump()) == said
+
+
+def test_forms_of_records_from_before_there_were_blocks() -> None:
+    spec = SparseSpec(rows=4, cols=9, nonzeros=10).model_dump()
+    del spec["index"], spec["block"]
+    assert report.form(spec) == "sparse 4x9, 2.5 a row"
 
 
 def test_the_bytes_table_shows_every_kind_largest_first_and_the_sums() -> None:

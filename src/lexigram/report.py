@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lexigram.factors import DenseSpec, FactorSpec, Leaf, ProductSpec, SharedSpec, SparseSpec, SumSpec, factor_spec
 from lexigram.planning import Plan
 from lexigram.records import LayerRecord, RunRecord
 from lexigram.targets import Target
@@ -157,28 +158,51 @@ def _evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 def form(spec: dict[str, Any]) -> str:
     """A factor expression in one line, in the field's words: `k 306 s 155` (CoSpaDi), `rank 230` (low rank)."""
-    if spec["form"] == "product":
-        left, right = spec["left"], spec["right"]
-        beside = " shared" if right["form"] == "shared" else ""
-        if left["form"] == "dense" and right["form"] in ("dense", "shared"):
-            return f"rank {left['cols']}{_bits(left)}{beside}"
-        if left["form"] == "sparse" and right["form"] in ("dense", "shared"):
-            other = "" if beside else _bits(right)
-            across = f" x{other}" if other else ""
-            return f"k {left['cols']} s {left['nonzeros'] / left['rows']:g}{_bits(left)}{across}{beside}"
-        return f"({form(left)}) ({form(right)})"
-    shape = f"{spec['rows']}x{spec['cols']}"
-    if spec["form"] == "sparse":
-        return f"sparse {shape}, {spec['nonzeros'] / spec['rows']:g} a row{_bits(spec)}"
-    return f"dense {shape}{_bits(spec)}"
+    return _said(factor_spec.validate_python(spec))
 
 
-def _bits(leaf: dict[str, Any]) -> str:
+def _said(spec: FactorSpec) -> str:
+    shape = f"{spec.rows}x{spec.cols}"
+    match spec:
+        case SumSpec():
+            return f"{_said(spec.left)} + {_said(spec.right)}"
+        case ProductSpec(left=DenseSpec() as left, right=DenseSpec() | SharedSpec() as right):
+            beside = " shared" if isinstance(right, SharedSpec) else ""
+            return f"rank {left.cols}{_bits(left)}{beside}"
+        case ProductSpec(left=SparseSpec() as left, right=DenseSpec() | SharedSpec() as right):
+            beside = " shared" if isinstance(right, SharedSpec) else _bits(right).replace(" ", " x ")
+            return f"k {left.cols} s {left.nonzeros / left.rows:g}{_blocks(left)}{_bits(left)}{beside}"
+        case ProductSpec():
+            return f"({_said(spec.left)}) ({_said(spec.right)})"
+        case SparseSpec():
+            return f"sparse {shape}, {_kept(spec)}{_bits(spec)}"
+        case DenseSpec():
+            return f"dense {shape}{_bits(spec)}"
+        case SharedSpec():
+            return f"shared {shape}"
+
+
+def _kept(leaf: SparseSpec) -> str:
+    """How much of a sparse matrix is stored: whole rows or columns, or values a row."""
+    blocks = leaf.places.count
+    if leaf.block == (1, 1):
+        return f"{leaf.nonzeros / leaf.rows:g} a row"
+    if leaf.block == (1, leaf.cols):
+        return f"{blocks} of {leaf.rows} rows"
+    if leaf.block == (leaf.rows, 1):
+        return f"{blocks} of {leaf.cols} columns"
+    return f"{leaf.nonzeros / leaf.rows:g} a row{_blocks(leaf)}"
+
+
+def _blocks(leaf: SparseSpec) -> str:
+    """The blocks of a sparse leaf where they are not single entries."""
+    return "" if leaf.block == (1, 1) else f" in {leaf.block[0]}x{leaf.block[1]} blocks"
+
+
+def _bits(leaf: Leaf) -> str:
     """The codec of a leaf where it is not plain bfloat16."""
-    codec = leaf["codec"]
-    if codec["name"] == "integer":
-        return f" int{codec['bits']}"
-    return "" if codec["bits"] == 16 else f" {codec['bits']}-bit"
+    said = leaf.codec.describe()
+    return "" if said == "bf16" else f" {said}"
 
 
 def _text_and_windows(row: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """The algebra of factors that replace a weight: what they are (`specs`), their values (`forms`), how values are stored
-(`codecs`). One `bytes`, one `to_dense`, one forward for every method.
+(`codecs`) and where those of a sparse matrix stand (`indices`). One `bytes`, one `to_dense`, one forward for every method.
 """
 
 from lexigram.factors.codecs import Bfloat, Codec, Grid, Integer, StoredTensor, group_size
-from lexigram.factors.forms import Dense, Factor, Product, Shared, Sparse, empty, encode
+from lexigram.factors.forms import Dense, Factor, Product, Shared, Sparse, Sum, empty, encode
+from lexigram.factors.indices import IndexName, in_blocks
 from lexigram.factors.specs import (
     DenseSpec,
     FactorSpec,
@@ -12,6 +13,7 @@ from lexigram.factors.specs import (
     ProductSpec,
     SharedSpec,
     SparseSpec,
+    SumSpec,
     factor_spec,
 )
 
@@ -24,6 +26,7 @@ __all__ = [
     "FactorSpec",
     "Grid",
     "GroupSpec",
+    "IndexName",
     "Integer",
     "Leaf",
     "Product",
@@ -33,8 +36,11 @@ __all__ = [
     "Sparse",
     "SparseSpec",
     "StoredTensor",
+    "Sum",
+    "SumSpec",
     "empty",
     "encode",
     "factor_spec",
     "group_size",
+    "in_blocks",
 ]

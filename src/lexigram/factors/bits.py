@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 _BYTE = 8
-_WIDTHS = tuple(b for b in range(1, 17) if b // math.gcd(b, _BYTE) < _BYTE)  # a group must fit into an int64
+# A group must fit into an int64, and a value into the int32 that it is unpacked to.
+_WIDTHS = tuple(b for b in range(1, 32) if b // math.gcd(b, _BYTE) < _BYTE)
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -19,12 +20,24 @@ def packed_bytes(count: int, bits: int) -> int:
     return (count * bits + _BYTE - 1) // _BYTE
 
 
+def narrowest_width(largest: int) -> int:
+    """The fewest bits in which integers from 0 to `largest` can be packed.
+
+    Raises:
+        ValueError: where that is more than can be packed.
+    """
+    for bits in _WIDTHS:
+        if largest < 1 << bits:
+            return bits
+    raise ValueError(f"cannot pack values up to {largest}; the widest are of {_WIDTHS[-1]} bits")
+
+
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Pack unsigned integers below ``2**bits``.
 
     Args:
         values: integers or bool, any shape, read in row-major order.
-        bits: width of a value: 1 to 8, 10, 12, 14 or 16.
+        bits: width of a value: 1 to 8, 10, 12, 14, 16, 20, 24 or 28.
 
     Returns:
         uint8 of shape (packed_bytes(values.numel(), bits),).

@@ -1,4 +1,5 @@
-"""The algebra of stored matrices, as torch modules: leaves `Dense` and `Sparse`, node `Product`, reference `Shared`.
+"""The algebra of stored matrices, as torch modules: leaves `Dense` and `Sparse`, nodes `Product` and `Sum`,
+reference `Shared`.
 
 Each stands for a matrix ``M (rows, cols)``: calling it on ``x (..., cols)`` gives ``x M^T (..., rows)`` in the dtype of
 `x`, `to_dense` gives ``M``, and its parameters are exactly the integer tensors that its spec names. Nothing here fits.
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lexigram.factors.bits import pack_bits, unpack_bits
 from lexigram.factors.codecs import Grid
-from lexigram.factors.specs import DenseSpec, ProductSpec, SharedSpec, SparseSpec
+from lexigram.factors.indices import in_blocks
+from lexigram.factors.specs import DenseSpec, FactorSpec, Leaf, Node, ProductSpec, SharedSpec, SparseSpec, SumSpec
 
 
 class Factor(nn.Module):
@@ -40,7 +41,7 @@ class Factor(nn.Module):
 
 
 class _Leaf(Factor):
-    def __init__(self, spec: DenseSpec | SparseSpec, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, spec: Leaf, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.spec = spec
         for name, tensor in tensors.items():
@@ -51,8 +52,11 @@ class _Leaf(Factor):
         return nn.functional.linear(x, self.to_dense(x.dtype))
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The stored values, flat, in row-major order."""
-        return self.spec.codec.decode(dict(self.named_parameters()), self.spec.count, dtype)
+        """The stored values, flat, in the order in which they are stored."""
+        return self.spec.codec.decode(self._tensors(), self.spec.count, dtype)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
 
     def check(self) -> None:
         super().check()
@@ -74,7 +78,7 @@ class Dense(_Leaf):
 
 
 class Sparse(_Leaf):
-    """The non-zeros in row-major order, beside a bitmask."""
+    """The non-zeros, whole blocks of them, beside an index of where they stand."""
 
     @classmethod
     def encode(
@@ -84,53 +88,78 @@ class Sparse(_Leaf):
 
         Args:
             matrix: any float dtype; entries outside the support are ignored.
-            spec: tells how many entries are stored.
-            support: bool (rows, cols) with exactly ``spec.nonzeros`` True; by default the non-zeros of `matrix`, filled up
-                with its first zeros where there are fewer.
-            grid: of the stored values ``matrix[support]``, any shape read in row-major order; by default chosen by the codec.
+            spec: tells how many entries are stored, and in what blocks.
+            support: bool (rows, cols) with exactly ``spec.nonzeros`` True, in whole blocks; by default the blocks that hold
+                the non-zeros of `matrix`, filled up with its first empty blocks where there are fewer.
+            grid: of the stored values, any shape read in row-major order; by default chosen by the codec. The values are
+                ``in_blocks(matrix, spec.block)``, indexed by the table of kept blocks; without blocks, ``matrix[support]``.
 
         Raises:
-            ValueError: where `matrix` has more non-zeros than the spec has room for, or the grid is not that of as many
-                values.
+            ValueError: where `matrix` has more non-zeros than the spec has room for, the support cuts through a block, or the
+                grid is not that of as many values.
         """
-        matrix = matrix.contiguous()
-        support = (matrix != 0) if support is None else support.clone(memory_format=torch.contiguous_format)
-        missing = spec.nonzeros - int(support.sum())
+        places, wanted = spec.places, in_blocks(matrix != 0 if support is None else support, spec.block)
+        kept = wanted.any(dim=(2, 3)).contiguous()
+        height, width = spec.block
+        if support is not None and not torch.equal(wanted, kept[:, :, None, None].expand_as(wanted)):
+            raise ValueError(f"the support does not consist of whole blocks of {height} x {width}")
+        missing = places.count - int(kept.sum())
         if missing < 0:
-            raise ValueError(f"{spec.nonzeros - missing} non-zeros do not fit into the spec's {spec.nonzeros}")
+            raise ValueError(
+                f"{(places.count - missing) * height * width} non-zeros do not fit into the spec's {spec.nonzeros}, counted "
+                f"in whole blocks of {height} x {width}"
+            )
         if missing:
-            empty = (~support.view(-1)).nonzero().squeeze(1)[:missing]
-            support.view(-1)[empty] = True
-        return cls(spec, {"mask": pack_bits(support, 1), **spec.codec.encode(matrix[support], grid)})
+            empty = (~kept.view(-1)).nonzero().squeeze(1)[:missing]
+            kept.view(-1)[empty] = True
+        return cls(spec, {**places.encode(kept), **spec.codec.encode(in_blocks(matrix, spec.block)[kept], grid)})
 
     def support(self) -> Tensor:
         """Where values are stored: bool (rows, cols)."""
-        count = self.spec.rows * self.spec.cols
-        return unpack_bits(self.get_parameter("mask"), count, 1).view(self.spec.rows, self.spec.cols)
+        device = next(self.parameters()).device
+        return self._placed(torch.ones(self.spec.count, dtype=torch.bool, device=device))
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `Factor.to_dense`."""
-        support = self.support()
-        return torch.zeros(support.shape, dtype=dtype, device=support.device).masked_scatter_(
-            support, self.decode(dtype)
-        )
+        return self._placed(self.decode(dtype))
 
     def check(self) -> None:
-        """See `Factor.check`; the mask must have as many bits as there are values."""
+        """See `Factor.check`; the index must tell a place for every block of values."""
         super().check()
-        found = int(self.support().sum())
-        if found != self.spec.nonzeros:
-            raise ValueError(f"the mask has {found} bits set for {self.spec.nonzeros} stored values")
+        self.spec.places.check(self._tensors())
+
+    def _placed(self, values: Tensor) -> Tensor:
+        """The matrix with `values` (count,), in stored order, in their places and zeros elsewhere."""
+        matrix = values.new_zeros(self.spec.rows, self.spec.cols)
+        places = self.spec.places
+        blocks = in_blocks(matrix, places.block)
+        places.place(self._tensors(), values.view(places.count, *places.block), blocks)
+        return matrix
 
 
-class Product(Factor):
-    """`left` times `right`, applied one after the other: the product is never formed."""
+class _Node(Factor):
+    """Two matrices in one expression."""
 
-    def __init__(self, left: Factor, right: Factor) -> None:
+    def __init__(self, left: Factor, right: Factor, spec: Node) -> None:
         super().__init__()
         self.left = left
         self.right = right
-        self.spec = ProductSpec(left=left.spec, right=right.spec)
+        self.spec = spec
+
+    def check(self) -> None:
+        """See `Factor.check`; both sides are checked, and the error tells which is wrong."""
+        for side, part in (("left", self.left), ("right", self.right)):
+            try:
+                part.check()
+            except ValueError as error:
+                raise ValueError(f"{side}: {error}") from error
+
+
+class Product(_Node):
+    """`left` times `right`, applied one after the other: the product is never formed."""
+
+    def __init__(self, left: Factor, right: Factor) -> None:
+        super().__init__(left, right, ProductSpec(left=left.spec, right=right.spec))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(x right^T) left^T``."""
@@ -140,13 +169,21 @@ class Product(Factor):
         """See `Factor.to_dense`; multiplied in float32."""
         return (self.left.to_dense() @ self.right.to_dense()).to(dtype)
 
-    def check(self) -> None:
-        """See `Factor.check`."""
-        for side, part in (("left", self.left), ("right", self.right)):
-            try:
-                part.check()
-            except ValueError as error:
-                raise ValueError(f"{side}: {error}") from error
+
+class Sum(_Node):
+    """`left` plus `right`, both applied to the same inputs."""
+
+    def __init__(self, left: Factor, right: Factor) -> None:
+        super().__init__(left, right, SumSpec(left=left.spec, right=right.spec))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x left^T + x right^T``."""
+        y: Tensor = self.left(x) + self.right(x)
+        return y
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `Factor.to_dense`; added in float32."""
+        return (self.left.to_dense() + self.right.to_dense()).to(dtype)
 
 
 class Shared(Factor):
@@ -175,9 +212,7 @@ class Shared(Factor):
         return self._owner[0].to_dense(dtype)
 
 
-def empty(
-    spec: DenseSpec | SparseSpec | SharedSpec | ProductSpec, shared: Mapping[str, Factor] = MappingProxyType({})
-) -> Factor:
+def empty(spec: FactorSpec, shared: Mapping[str, Factor] = MappingProxyType({})) -> Factor:
     """Modules for `spec` with unset tensors on the default device (meta, while a loader builds its skeleton).
 
     Args:
@@ -187,8 +222,8 @@ def empty(
     Raises:
         ValueError: where it refers to a matrix that `shared` does not have, or has in another shape.
     """
-    if isinstance(spec, ProductSpec):
-        return Product(empty(spec.left, shared), empty(spec.right, shared))
+    if isinstance(spec, Node):
+        return _NODES[type(spec)](empty(spec.left, shared), empty(spec.right, shared))
     if isinstance(spec, SharedSpec):
         if spec.name not in shared:
             raise ValueError(f"the shared matrix {spec.name} is not described")
@@ -196,13 +231,13 @@ def empty(
     return _LEAVES[type(spec)](spec, _unset(spec))
 
 
-def encode(matrix: Tensor, spec: DenseSpec | SparseSpec | SharedSpec | ProductSpec, grid: Grid | None = None) -> Factor:
+def encode(matrix: Tensor, spec: FactorSpec, grid: Grid | None = None) -> Factor:
     """Round `matrix` (rows, cols) into the leaf that `spec` describes, in the grid of its stored values if one is given.
 
     Raises:
         ValueError: where it does not fit, is not finite, or `spec` is no leaf.
     """
-    if isinstance(spec, ProductSpec | SharedSpec):
+    if isinstance(spec, Node | SharedSpec):
         raise ValueError(f"a matrix is stored in a leaf, and {spec.form!r} is none; encode its parts by themselves")
     if tuple(matrix.shape) != (spec.rows, spec.cols):
         raise ValueError(f"a matrix {tuple(matrix.shape)} does not fit a spec of {spec.rows} x {spec.cols}")
@@ -210,7 +245,8 @@ def encode(matrix: Tensor, spec: DenseSpec | SparseSpec | SharedSpec | ProductSp
 
 
 _LEAVES: dict[type, Any] = {DenseSpec: Dense, SparseSpec: Sparse}
+_NODES: dict[type, Any] = {ProductSpec: Product, SumSpec: Sum}
 
 
-def _unset(leaf: DenseSpec | SparseSpec) -> dict[str, Tensor]:
+def _unset(leaf: Leaf) -> dict[str, Tensor]:
     return {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in leaf.stored().items()}

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from lexigram.factors.bits import packed_bytes
 from lexigram.factors.codecs import Bfloat, Codec, StoredTensor
+from lexigram.factors.indices import INDICES, Index, IndexName
 
 Dimension = Annotated[int, Field(ge=1, le=2**24)]
 
@@ -29,7 +28,7 @@ class _Spec(BaseModel):
 
     @property
     def bytes(self) -> int:
-        """Stored bytes: values, masks, scales; file headers aside."""
+        """Stored bytes: values, indices, scales; file headers aside."""
         return sum(tensor.bytes for tensor in self.stored().values())
 
     def leaves(self) -> Iterator[tuple[str, Leaf]]:
@@ -42,7 +41,7 @@ class _Spec(BaseModel):
 
     @property
     def parameters(self) -> int:
-        """The papers' size: stored values, with masks, indices and scales not counted."""
+        """The papers' size: stored values, with indices and scales not counted."""
         return sum(leaf.count for _, leaf in self.leaves())
 
 
@@ -69,19 +68,47 @@ class DenseSpec(_Spec):
 
 
 class SparseSpec(_Spec):
-    """A matrix with `nonzeros` stored values and a bitmask, one bit an entry, that tells where they are."""
+    """A matrix with `nonzeros` stored values and an index that tells where they are.
+
+    Whole blocks of `block` (rows x cols of a block) are stored or left out: (1, 1) are single entries, (1, cols) rows,
+    (rows, 1) columns. Values follow each other block by block, block-rows from the top and each from the left, and row by row
+    inside a block. The index is a `bitmask`, one bit a block, or a `list` of the stored blocks' block-columns beside a count
+    for every block-row.
+    """
 
     form: Literal["sparse"] = "sparse"
     rows: Dimension
     cols: Dimension
     nonzeros: Annotated[int, Field(ge=0)]
     codec: Codec = Bfloat()
+    index: IndexName = "bitmask"
+    block: tuple[Dimension, Dimension] = (1, 1)
 
     @model_validator(mode="after")
     def _fits(self) -> SparseSpec:
         if self.nonzeros > self.rows * self.cols:
             raise ValueError(f"{self.nonzeros} non-zeros do not fit into {self.rows} x {self.cols}")
+        height, width = self.block
+        if self.rows % height or self.cols % width:
+            raise ValueError(f"blocks of {height} x {width} do not divide {self.rows} x {self.cols}")
+        if self.nonzeros % (height * width):
+            raise ValueError(f"{self.nonzeros} non-zeros are no whole number of blocks of {height} x {width}")
         return self
+
+    @classmethod
+    def lightest(cls, rows: int, cols: int, nonzeros: int, codec: Codec, block: tuple[int, int] = (1, 1)) -> SparseSpec:
+        """The spec with the index that takes the fewest bytes, a bitmask where both take as many."""
+        specs = [
+            cls(rows=rows, cols=cols, nonzeros=nonzeros, codec=codec, index=index, block=block) for index in INDICES
+        ]
+        return min(specs, key=lambda spec: spec.bytes)
+
+    @property
+    def places(self) -> Index:
+        """The index of the stored blocks."""
+        height, width = self.block
+        count = self.nonzeros // (height * width)
+        return INDICES[self.index](self.rows // height, self.cols // width, self.block, count)
 
     @property
     def count(self) -> int:
@@ -90,8 +117,7 @@ class SparseSpec(_Spec):
 
     def stored(self) -> dict[str, StoredTensor]:
         """See `_Spec.stored`."""
-        mask = StoredTensor(torch.uint8, (packed_bytes(self.rows * self.cols, 1),))
-        return {"mask": mask, **self.codec.stored(self.count)}
+        return {**self.places.stored(), **self.codec.stored(self.count)}
 
     def leaves(self) -> Iterator[tuple[str, Leaf]]:
         """See `_Spec.leaves`."""
@@ -119,21 +145,12 @@ class SharedSpec(_Spec):
         yield self
 
 
-class ProductSpec(_Spec):
-    """`left` times `right`; the inner dimension is the rank or the number of atoms."""
+class _NodeSpec(_Spec):
+    """Two expressions in one: what is stored, and where, is that of both sides."""
 
-    form: Literal["product"] = "product"
+    form: str
     left: FactorSpec
     right: FactorSpec
-
-    @model_validator(mode="after")
-    def _chains(self) -> ProductSpec:
-        if self.left.cols != self.right.rows:
-            raise ValueError(
-                f"a product of {self.left.rows} x {self.left.cols} and {self.right.rows} x {self.right.cols} "
-                "does not exist; the inner dimensions must agree"
-            )
-        return self
 
     @property
     def rows(self) -> int:
@@ -164,10 +181,39 @@ class ProductSpec(_Spec):
         yield from self.left.references()
         yield from self.right.references()
 
+    def _of_both(self) -> str:
+        return f"of {self.left.rows} x {self.left.cols} and {self.right.rows} x {self.right.cols} does not exist"
+
+
+class ProductSpec(_NodeSpec):
+    """`left` times `right`; the inner dimension is the rank or the number of atoms."""
+
+    form: Literal["product"] = "product"
+
+    @model_validator(mode="after")
+    def _chains(self) -> ProductSpec:
+        if self.left.cols != self.right.rows:
+            raise ValueError(f"a product {self._of_both()}; the inner dimensions must agree")
+        return self
+
+
+class SumSpec(_NodeSpec):
+    """`left` plus `right`, two matrices of one shape."""
+
+    form: Literal["sum"] = "sum"
+
+    @model_validator(mode="after")
+    def _matches(self) -> SumSpec:
+        if (self.left.rows, self.left.cols) != (self.right.rows, self.right.cols):
+            raise ValueError(f"a sum {self._of_both()}; the shapes must agree")
+        return self
+
 
 Leaf = DenseSpec | SparseSpec
-FactorSpec = Annotated[DenseSpec | SparseSpec | SharedSpec | ProductSpec, Field(discriminator="form")]
+Node = ProductSpec | SumSpec
+FactorSpec = Annotated[DenseSpec | SparseSpec | SharedSpec | ProductSpec | SumSpec, Field(discriminator="form")]
 ProductSpec.model_rebuild()
+SumSpec.model_rebuild()
 
 
 class GroupSpec(BaseModel):
@@ -203,5 +249,5 @@ class GroupSpec(BaseModel):
         return [*self.members, *([] if self.shared is None else [self.shared])]
 
 
-factor_spec: TypeAdapter[DenseSpec | SparseSpec | SharedSpec | ProductSpec] = TypeAdapter(FactorSpec)
+factor_spec: TypeAdapter[FactorSpec] = TypeAdapter(FactorSpec)
 """Validates plain data (from a checkpoint's JSON) into a spec."""

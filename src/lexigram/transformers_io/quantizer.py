@@ -2,7 +2,7 @@
 
 The config holds every layer's form, so the modules are built before a single weight is read. Everything fails closed: our
 weights do not lie under a name that transformers would load by itself, headers are compared with the forms before loading
-and stored values with their masks afterwards.
+and stored values with their indices afterwards.
 """
 
 import json
