@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lexigram.calibration.loss import summed_loss
 from lexigram.running import Progress
 
 
@@ -51,11 +52,7 @@ def output_sensitivity(
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
         for done, sequence in enumerate(ids.split(1), start=1):
-            tokens = sequence.to(model.device)
-            with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                logits = model(input_ids=tokens, use_cache=False).logits
-            losses = nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum")
-            losses.backward()
+            summed_loss(model, sequence, dtype).backward()
             if progress is not None:
                 progress(done, len(ids))
     finally:

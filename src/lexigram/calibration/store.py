@@ -6,11 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lexigram.errors import LexigramError
 from lexigram.gram import Gram
+from lexigram.tensorfiles import TensorFiles
 
 _COMPLETE = "complete.json"
 
@@ -20,19 +18,13 @@ class GramStore:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder = folder
-        self._device = device
+        self._files = TensorFiles(folder, device, "Gram")
         self._latest: dict[str, Gram] = {}
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
 
     def update(self, grams: Mapping[str, Gram]) -> None:
         """Keep Grams by their sites' names; a file appears whole or not at all."""
         for site, gram in grams.items():
-            file = self._file(site)
-            partial = file.with_suffix(".partial")
-            with _writing(self.folder):
-                save_file({"matrix": gram.matrix.cpu().contiguous()}, partial, metadata={"tokens": str(gram.tokens)})
-                partial.replace(file)
+            self._files.put(site, {"matrix": gram.matrix}, {"tokens": str(gram.tokens)})
 
     @contextmanager
     def using(self, sites: Iterable[str]) -> Iterator[dict[str, Gram]]:
@@ -47,31 +39,16 @@ class GramStore:
 
     def seal(self, sites: Iterable[str]) -> None:
         """Say that the Grams of all `sites` are there."""
-        with _writing(self.folder):
+        with self._files.writing():
             (self.folder / _COMPLETE).write_text(json.dumps(sorted(set(sites))), encoding="utf-8")
 
     def holds(self, sites: Iterable[str]) -> bool:
         """Whether the folder is sealed and has the Grams of all `sites`."""
-        return (self.folder / _COMPLETE).is_file() and all(self._file(site).is_file() for site in sites)
-
-    def _file(self, site: str) -> Path:
-        return self.folder / f"{site}.safetensors"
+        return (self.folder / _COMPLETE).is_file() and all(self._files.has(site) for site in sites)
 
     def _read(self, site: str) -> Gram:
-        file = self._file(site)
+        tensors, metadata = self._files.get(site)
         try:
-            with safe_open(file, framework="pt") as opened:
-                return Gram(opened.get_tensor("matrix").to(self._device), int(opened.metadata()["tokens"]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise LexigramError(f"the Gram {file} cannot be read: {error}; delete its folder and run again") from error
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise LexigramError(
-            f"{folder} cannot be written: {reason}; free some space, or name another folder with --cache"
-        ) from error
+            return Gram(tensors["matrix"], int(metadata["tokens"]))
+        except (KeyError, ValueError) as error:
+            raise self._files.damaged(site, error) from error
