@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import lexigram
 from conftest import toy_folder
 from lexigram import cli, pipeline, staging
+from lexigram.cli import evaluate as evaluating
+from lexigram.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -168,12 +170,12 @@ def test_figures_that_are_infinite_are_null_in_json(
     command: Command, stories: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = tmp_path / "figures.json"
-    real = cli.evaluate
+    real = evaluating.evaluate
 
     def infinite(*args: Any, **options: Any) -> lexigram.Evaluation:
         return real(*args, **options).model_copy(update={"word_perplexity": float("inf")})
 
-    monkeypatch.setattr(cli, "evaluate", infinite)
+    monkeypatch.setattr(evaluating, "evaluate", infinite)
     ended = command("eval", stories, "-t", text, "--context", 32, "--windows", 1, "--json", figures)
     assert ended.code == 0
     assert "inf" in ended.out
@@ -716,16 +718,16 @@ def test_help_shows_every_option_at_80_columns(name: str, command: Command, monk
 def test_defaults_in_help_are_the_real_ones() -> None:
     """Options default to None so that recipes can be overridden; their help tells the default, which must not go stale."""
     recipe = lexigram.Recipe(model="m")
-    real = {**recipe.calibration.model_dump(), **recipe.method.model_dump(), **recipe.model_dump()}
+    real = {key: value for config in reversed(METHODS.values()) for key, value in config().model_dump().items()}
+    real |= {**recipe.calibration.model_dump(), **recipe.model_dump()}
     real |= {"method": "cospadi", "preset": "fast", "calibration": "self", "calibration_seed": recipe.calibration.seed}
-    real |= {"rounding": lexigram.QuantizeConfig().rounding}
     told = 0
     for parameter in options_of("compress"):
         if found := re.search(r"\[default: ([^],]+)", parameter.help or ""):
             told += 1
-            if parameter.name != "length":
-                default = real[parameter.name]
-                # A default that differs by method is told for cospadi first.
+            default = real[parameter.name]
+            if default is not None:  # what nothing comes to is told in words
+                # A default that differs by method is told for the first that has the field first.
                 assert found[1].split(" for ")[0] == (f"{default:g}" if isinstance(default, float) else str(default))
     assert told > 20
 

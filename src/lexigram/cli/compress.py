@@ -1,0 +1,71 @@
+"""`lexigram compress`: a model into a folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexigram import report
+from lexigram.cli.recipes import takes_recipe
+from lexigram.cli.screen import console, errors, say
+from lexigram.pipeline import compress as run_compress
+from lexigram.planning import plan as make_plan
+from lexigram.progress import drawing
+from lexigram.recipe import Recipe
+from lexigram.shown import CALIBRATION, MACHINE
+from lexigram.staging import check_target
+
+EXAMPLES = (
+    "lexigram compress demo --out smaller --calibration demo",
+    "lexigram compress Qwen/Qwen3-0.6B --out smaller --ratio 0.3 --calibration c4.jsonl",
+    "lexigram compress ./model --out low-rank --method svd --ratio 0.2 --calibration text.txt",
+    "lexigram compress ./model --out four-bits --method quantize --value-bits 4 --calibration text.txt",
+    "lexigram compress ./model --out spent --ratio 0.5 --allocation knapsack --cache kept --calibration text.txt",
+)
+
+
+@takes_recipe
+def compress(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears when it is complete.")],
+    recipe: Recipe,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what is measured on the text in this folder, for other runs on the same model and text.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            metavar="",
+            help="Replace OUT if it is an earlier result of ours.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Print the plan and stop.", rich_help_panel=MACHINE)
+    ] = False,
+) -> None:
+    """Compress MODEL into the folder OUT.
+
+    The result loads with plain `AutoModelForCausalLM.from_pretrained(OUT)` once lexigram is imported.
+    """
+    if not dry_run:
+        check_target(out, overwrite=overwrite)
+    prepared = make_plan(recipe, cache=cache)
+    console.print(report.plan_table(prepared))
+    say(
+        f"about {report.size(prepared.memory_bytes)} of memory, {report.size(prepared.disk_bytes)} on disk; "
+        f"device {prepared.device}, forward pass in {str(prepared.compute_dtype).removeprefix('torch.')}"
+    )
+    if dry_run:
+        return
+    with drawing(errors) as bars:
+        record = run_compress(recipe, out, overwrite=overwrite, progress=bars, prepared=prepared)
+    console.print(report.bytes_table(record))
+    say(
+        f"{out}: {report.size(record.model_bytes_before)} -> {report.size(record.model_bytes_after)}, mean output error "
+        f"{record.mean_relative_error:.4f}, {record.seconds:.0f} s, peak {report.size(record.peak_memory_bytes)}"
+    )

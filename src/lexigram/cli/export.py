@@ -1,0 +1,27 @@
+"""`lexigram export`: a compressed model for software that knows no lexigram."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexigram import report
+from lexigram.cli.arguments import AUTO_DTYPE, Dtype
+from lexigram.cli.screen import say
+from lexigram.transformers_io import export_dense
+
+EXAMPLES = ("lexigram export smaller --dense ordinary",)
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress` wrote.")],
+    dense: Annotated[Path, typer.Option("--dense", metavar="OUT", help="Folder to write, with dense weights.")],
+    dtype: Dtype = AUTO_DTYPE,
+) -> None:
+    """Write a compressed model as an ordinary checkpoint of the original size, for software that knows no lexigram."""
+    export_dense(folder, dense, dtype=dtype.value)
+    say(f"{dense}: an ordinary checkpoint, {report.size(_folder_bytes(dense))}")
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

@@ -1,0 +1,30 @@
+"""What a field of a recipe, or of a method's config, may say about its option on the command line besides its description.
+
+The fields stand in `recipe` and `methods`, which know no command line; `cli.options` makes the options of them.
+"""
+
+from dataclasses import dataclass
+
+BUDGET, FORM, CALIBRATION, MACHINE = "What and how much", "Form", "Calibration", "Machine and output"
+"""Panels of the help; a method's solver has one of its own."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A mark in the annotation of a field. A field without one has an option too, in the panel of its model.
+
+    Args:
+        panel: where the help shows the option.
+        name: the option's, where the field's own would be taken for another.
+        short: a second, short spelling, such as `-r`.
+        metavar: what stands for the value; choices stand for themselves.
+        none: what the default None comes to, in words.
+        option: False for a field that no option sets.
+    """
+
+    panel: str | None = None
+    name: str | None = None
+    short: str | None = None
+    metavar: str | None = None
+    none: str | None = None
+    option: bool = True
