@@ -23,11 +23,13 @@ from lexigram.calibration.passes import plain_grams, sequential_grams
 from lexigram.calibration.sampling import sample_sequences
 from lexigram.calibration.store import GramStore
 from lexigram.calibration.tokens import TokenSequences
+from lexigram.choice import choose_parts
 from lexigram.curves import decide
 from lexigram.errors import LexigramError
 from lexigram.factors import Factor, factor_spec
 from lexigram.gram import Gram
-from lexigram.methods import FitReport, Member, fit_group
+from lexigram.methods import FitReport, Fitted, Member, fit_group
+from lexigram.methods.base import assemble, chooses
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
 from lexigram.records import LayerRecord, RunRecord, SharedRecord, Stopwatch, machine, peak_memory_bytes, versions
@@ -157,6 +159,8 @@ class _Work:
             return allocation
         with self._gram_store(out) as store:
             self._calibrated(store)
+            if allocation is None and chooses(recipe.method):
+                return self._chosen(out, store)
             if allocation is None:
                 with self.watch.stage("allocate"):
                     allocation = decide(prepared, self._weight, store, self.model, self.tokens.ids, self.progress)
@@ -170,6 +174,23 @@ class _Work:
                     for _ in unit.members:
                         step()
         return allocation
+
+    def _chosen(self, out: Path, store: GramStore) -> Allocation:
+        """Decompose all weights, choose among their parts, and put in place what was chosen."""
+        with _temporary_folder(out, "parts") as folder:
+            with self.watch.stage("allocate"):
+                chosen = choose_parts(
+                    self.prepared, self._weight, store, folder, self.model, self.tokens.ids, self.progress
+                )
+            with self.progress.stage("compress", len(self.targets)) as step:
+                for unit in chosen.allocation.units:
+                    (name,), (spec,) = unit.members, unit.spec.members
+                    with store.using([self.targets[name].site]) as grams, self.watch.stage("fit"):
+                        gram = grams[self.targets[name].site]
+                        fitted = assemble(unit.method, self._weight(name), gram, chosen.of(name), spec)
+                    self._put(unit, Fitted([fitted]))
+                    step()
+        return chosen.allocation
 
     def _streamed(self, allocation: Allocation) -> None:
         """Fit every unit as soon as all its Grams are there, and let go of those that no unit waits for."""
@@ -226,9 +247,8 @@ class _Work:
             key = hashlib.sha256(" ".join(decides).encode()).hexdigest()
             yield GramStore(self.prepared.cache / f"grams-{key[:16]}", device)
             return
-        parent = next(folder for folder in out.absolute().parents if folder.is_dir())
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.grams-", dir=parent) as folder:
-            yield GramStore(Path(folder), device)
+        with _temporary_folder(out, "grams") as folder:
+            yield GramStore(folder, device)
 
     def _sites(self, unit: Unit) -> set[str]:
         return {self.targets[name].site for name in unit.members}
@@ -247,6 +267,11 @@ class _Work:
                 fitted = fit_group(unit.method, members, unit.spec, generator)
             except ValueError as error:
                 raise LexigramError(f"{' + '.join(unit.members)} cannot be compressed: {error}") from error
+        self._put(unit, fitted)
+
+    def _put(self, unit: Unit, fitted: Fitted) -> None:
+        """Factors in the place of the weights, and on record."""
+        targets = [self.targets[name] for name in unit.members]
         for target, (factors, report) in zip(targets, fitted.members, strict=True):
             module = self.model.get_submodule(target.name)
             bias = module.bias if isinstance(module.bias, Tensor) else None
@@ -259,6 +284,14 @@ class _Work:
             self.shared.append(
                 SharedRecord(name=name, members=list(unit.members), factors=spec.model_dump(), bytes=spec.bytes)
             )
+
+
+@contextmanager
+def _temporary_folder(out: Path, content: str) -> Iterator[Path]:
+    """A folder beside `out` that goes away: what lies there may be as large as the model."""
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.{content}-", dir=parent) as folder:
+        yield Path(folder)
 
 
 def _layer_record(target: Target, factors: Factor, report: FitReport) -> LayerRecord:

@@ -20,7 +20,8 @@ from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec
-from lexigram.recipe import KNAPSACK, SELF, UNIFORM, Recipe
+from lexigram.methods.base import chooses
+from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Recipe
 from lexigram.source import Source
 from lexigram.targets import Target, find_targets
 from lexigram.transformers_io import is_compressed
@@ -162,7 +163,7 @@ def _groups(recipe: Recipe, skeleton: PreTrainedModel, targets: list[Target]) ->
 
 def _allocation(recipe: Recipe, targets: list[Target], groups: list[tuple[str, ...]] | None) -> Allocation | None:
     by_name = {target.name: target for target in targets}
-    if recipe.allocation not in (UNIFORM, KNAPSACK):
+    if recipe.allocation not in (UNIFORM, KNAPSACK, GLOBAL):
         replayed = Allocation.read(Path(recipe.allocation))
         replayed.check({name: target.shape for name, target in by_name.items()})
         for unit in replayed.units:
@@ -172,9 +173,9 @@ def _allocation(recipe: Recipe, targets: list[Target], groups: list[tuple[str, .
                     f"lets {' and '.join(unit.members)} share; leave one of the two out"
                 )
         return replayed
-    if groups is None or recipe.allocation == KNAPSACK:
+    if groups is None or recipe.allocation == KNAPSACK or chooses(recipe.method):
         amount = budget(targets, recipe.ratio, recipe.accounting).amount
-        if groups is not None:
+        if groups is not None and recipe.allocation == KNAPSACK:
             check_reach(recipe.method, [[by_name[name] for name in names] for names in groups], amount)
         return None
     return uniform(groups, by_name, recipe.method, recipe.ratio, recipe.accounting)

@@ -8,13 +8,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from lexigram.allocation.uniform import Accounting
 from lexigram.errors import LexigramError
 from lexigram.methods import METHODS, PRESETS, AnyMethod, CospadiConfig, QuantizeConfig
+from lexigram.methods.base import chooses, shares
+from lexigram.shown import CALIBRATION, FORM, MACHINE, Shown
 
 SELF = "self"
 """The calibration text that is sampled from the model itself."""
 
-UNIFORM, KNAPSACK = "uniform", "knapsack"
+UNIFORM, KNAPSACK, GLOBAL = "uniform", "knapsack", "global"
 """The allocations that are made here; any other name is a file to replay."""
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
@@ -22,52 +25,88 @@ Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isi
 
 
 class Calibration(BaseModel):
-    """Which text the Grams are taken on.
-
-    `text` holds file names, `demo`, ``hub:...`` names, or the single word `self`: sequences sampled from the model. `length` is
-    in tokens; None means 1024, or the model's context where that is shorter.
-    """
+    """Which text the Grams are taken on; `self` stands alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: Names = (SELF,)
-    sequences: int = Field(default=64, ge=1)
-    length: int | None = Field(default=None, ge=2)
-    seed: int = Field(default=0, ge=0)
+    text: Annotated[Names, Shown(name="calibration", short="-c", metavar="TEXT")] = Field(
+        default=(SELF,), description="A .txt or .jsonl file, `demo`, `hub:NAME`, or `self`: sampled from the model."
+    )
+    sequences: int = Field(default=64, ge=1, description="How many sequences of it.")
+    length: Annotated[int | None, Shown(none="1024, or the model's context")] = Field(
+        default=None, ge=2, description="Tokens a sequence."
+    )
+    seed: Annotated[int, Shown(name="calibration-seed")] = Field(
+        default=0, ge=0, description="Decides which sequences are drawn, in place of the recipe's `seed`."
+    )
 
 
 class Recipe(BaseModel):
     """Everything that decides the bytes of the result.
 
-    `ratio` is the share of the stored bytes of the compressed layers that is removed; with the accounting `paper`, of their
-    parameters. `share` names which matrices share one dictionary: `consecutive` decoder layers' (in groups of `group`),
-    `matched` pairs of any kinds (GeoPair), or those on one input `site`; a `group` alone means consecutive ones. `allocation`
-    says how the budget is spent over the layers: `uniform`, `knapsack` (by the `measure` of what an error costs), or an
-    allocation file to replay. `sequential` calibrates every layer on inputs from the already compressed ones and moves its
-    weights by the share `correction` of the way to where they would make up best for the layers before: the whole way
-    follows the calibration text too closely. `dtype` is what the tensors that are not compressed are stored in. `seed` drives
-    the method, the calibration has its own.
+    With the accounting `paper`, `ratio` is of parameters. `matched` pairs are those of GeoPair. `sequential` calibration moves
+    a layer's weights by the share `correction` of the way to where they would make up best for the layers before: the whole
+    way follows the calibration text too closely. `seed` drives the method, the calibration has its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str
-    method: AnyMethod = CospadiConfig()
-    ratio: float = Field(default=0.2, gt=0, lt=1)
-    accounting: Literal["bytes", "paper"] = "bytes"
-    share: Literal["none", "consecutive", "matched", "site"] = "none"
-    group: int = Field(default=2, ge=2)
-    allocation: str = UNIFORM
-    measure: Literal["loss", "relative", "absolute"] = "loss"
-    sequential: bool = False
-    correction: float = Field(default=0.25, ge=0, le=1)
-    calibration: Calibration = Calibration()
-    include: Names = ()
-    exclude: Names = ()
-    seed: int = Field(default=42, ge=0)
-    device: str = "auto"
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    # The first is the command's argument; the method and the calibration consist of fields with options of their own.
+    model: Annotated[str, Shown(option=False)] = Field(
+        description="A folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or `demo`."
+    )
+    method: Annotated[AnyMethod, Shown(option=False)] = Field(
+        default=CospadiConfig(), description="How layers are made smaller."
+    )
+    ratio: Annotated[float, Shown(short="-r")] = Field(
+        default=0.2, gt=0, lt=1, description="Share of the compressed layers' stored bytes to remove."
+    )
+    accounting: Accounting = Field(default="bytes", description="Count bytes, or parameters as the paper does.")
+    share: Annotated[Literal["none", "consecutive", "matched", "site"], Shown(FORM)] = Field(
+        default="none",
+        description="Which matrices share a dictionary: `consecutive` layers', `matched` pairs of any kinds, or those on one "
+        "input `site` (q, k, v; gate, up).",
+    )
+    group: Annotated[int, Shown(FORM)] = Field(
+        default=2, ge=2, description="How many consecutive layers share; implies share `consecutive`."
+    )
+    allocation: Annotated[str, Shown(metavar=f"{UNIFORM}|{KNAPSACK}|FILE")] = Field(
+        default=UNIFORM,
+        description="How the bytes are spent over the layers; FILE is the allocation.json of an earlier result. "
+        f"`{GLOBAL}`, for cap and its default, ranks the parts of all layers together.",
+    )
+    measure: Literal["loss", "relative", "absolute"] = Field(
+        default="loss", description="What the knapsack counts as the cost of an error."
+    )
+    sequential: Annotated[bool, Shown(CALIBRATION)] = Field(
+        default=False, description="Calibrate every layer on inputs from the already compressed ones."
+    )
+    correction: Annotated[float, Shown(CALIBRATION)] = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="How far sequential weights move to make up for the layers before: 0 to 1.",
+    )
+    calibration: Annotated[Calibration, Shown(option=False)] = Field(
+        default=Calibration(), description="Which text the layers' inputs are measured on."
+    )
+    include: Annotated[Names, Shown(metavar="PATTERN")] = Field(
+        default=(), description="Compress only layers that match, such as `q_proj` or `*.mlp.*`."
+    )
+    exclude: Annotated[Names, Shown(metavar="PATTERN")] = Field(default=(), description="Leave out layers that match.")
+    seed: int = Field(
+        default=42, ge=0, description="Of the method's random choices; as an option, of the calibration's too."
+    )
+    device: Annotated[str, Shown(MACHINE)] = Field(
+        default="auto", description="`cpu`, `cuda`, ...; `auto` takes a GPU where there is one."
+    )
+    compute_dtype: Annotated[Literal["auto", "float32", "bfloat16"], Shown(MACHINE)] = Field(
+        default="auto",
+        description="Of the calibration's forward pass; `auto` takes bfloat16 where the device has it.",
+    )
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], Shown(MACHINE)] = Field(
+        default="bfloat16", description="What is not compressed is stored in this."
+    )
 
     @model_validator(mode="after")
     def _paper_stores_14_bits(self) -> "Recipe":
@@ -86,8 +125,10 @@ class Recipe(BaseModel):
     def _possible(self) -> "Recipe":
         if "group" in self.model_fields_set and "share" not in self.model_fields_set:
             object.__setattr__(self, "share", "consecutive")
-        if self.share != "none" and isinstance(self.method, QuantizeConfig):
-            raise ValueError("the method quantize shares nothing between matrices; leave share and group out")
+        if self.share != "none" and not shares(self.method):
+            raise ValueError(
+                f"the method {self.method.name} shares nothing between matrices; leave share and group out"
+            )
         solver = self.method
         if isinstance(solver, CospadiConfig) and self.share in ("consecutive", "matched"):
             several = solver.metric == "exact" and not solver.plain
@@ -101,6 +142,16 @@ class Recipe(BaseModel):
                 f"sequential calibration needs a layer's factors before the next layer is run, and share {self.share!r} gives "
                 "them later; share on one `site`, or leave one of the two out"
             )
+        if chooses(self.method) and "allocation" not in self.model_fields_set:
+            object.__setattr__(self, "allocation", GLOBAL)
+        if chooses(self.method) and self.allocation == KNAPSACK:
+            raise ValueError(f"the method {self.method.name} chooses by itself; take the allocation global or uniform")
+        if chooses(self.method) and self.sequential:
+            raise ValueError(
+                f"the method {self.method.name} chooses over the original model's layers together; leave sequential out"
+            )
+        if self.allocation == GLOBAL and not chooses(self.method):
+            raise ValueError(f"the allocation global is not for {self.method.name}; take uniform, knapsack or a file")
         if self.accounting == "paper" and isinstance(self.method, QuantizeConfig):
             raise ValueError("the accounting `paper` counts values, and quantisation removes none; leave it out")
         if self.accounting == "paper" and self.allocation == KNAPSACK:

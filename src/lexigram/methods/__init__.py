@@ -19,12 +19,34 @@ from lexigram.methods.base import (
     layout,
     layout_group,
 )
+from lexigram.methods.cap import CapConfig
 from lexigram.methods.cospadi import PRESETS, CospadiConfig
+from lexigram.methods.oats import OatsConfig
+from lexigram.methods.pruning import MagnitudeConfig, SparseGptConfig, WandaConfig
 from lexigram.methods.quantize import QuantizeConfig
 from lexigram.methods.svd import SvdConfig
 
-AnyMethod = Annotated[CospadiConfig | QuantizeConfig | SvdConfig, Field(discriminator="name")]
-METHODS: dict[str, type[MethodConfig]] = {"cospadi": CospadiConfig, "quantize": QuantizeConfig, "svd": SvdConfig}
+AnyMethod = Annotated[
+    CapConfig
+    | CospadiConfig
+    | MagnitudeConfig
+    | OatsConfig
+    | QuantizeConfig
+    | SparseGptConfig
+    | SvdConfig
+    | WandaConfig,
+    Field(discriminator="name"),
+]
+METHODS: dict[str, type[MethodConfig]] = {
+    "cospadi": CospadiConfig,
+    "svd": SvdConfig,
+    "quantize": QuantizeConfig,
+    "cap": CapConfig,
+    "oats": OatsConfig,
+    "sparsegpt": SparseGptConfig,
+    "wanda": WandaConfig,
+    "magnitude": MagnitudeConfig,
+}
 
 __all__ = [
     "METHODS",
@@ -32,13 +54,18 @@ __all__ = [
     "AnyMethod",
     "Budget",
     "BudgetTooSmallError",
+    "CapConfig",
     "CospadiConfig",
     "FitReport",
     "Fitted",
+    "MagnitudeConfig",
     "Member",
     "MethodConfig",
+    "OatsConfig",
     "QuantizeConfig",
+    "SparseGptConfig",
     "SvdConfig",
+    "WandaConfig",
     "fit",
     "fit_group",
     "layout",

@@ -7,18 +7,22 @@ add `layout_shared` and `fit_shared`, for matrices that share a leaf, and `sketc
 
 from collections.abc import Sequence
 from functools import singledispatch
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lexigram.factors import DenseSpec, Factor, FactorSpec, GroupSpec, ProductSpec, SharedSpec, SparseSpec
 from lexigram.gram import Gram
 from lexigram.linalg.whitening import Whitening
+from lexigram.shown import BUDGET, Shown
 
 Leaf = TypeVar("Leaf", DenseSpec, SparseSpec)
 Side = TypeVar("Side", DenseSpec, SharedSpec)
+
+Plain = Annotated[bool, Shown(BUDGET), Field(description="Fit the weights themselves, not their outputs on the text.")]
+"""A field of every method that can do without the Gram."""
 
 
 class Budget(NamedTuple):
@@ -29,7 +33,11 @@ class Budget(NamedTuple):
 
 
 class MethodConfig(BaseModel):
-    """Base of the methods' configs. Frozen; an unknown key is an error."""
+    """Base of the methods' configs. Frozen; an unknown key is an error.
+
+    Every other field has a description: it becomes an option of the command line, one with that of the other methods that
+    have a field of this name (`lexigram.cli.options`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -139,6 +147,11 @@ def fit_shared(config: MethodConfig, members: Sequence[Member], spec: GroupSpec,
     raise NotImplementedError(f"no shared fit is registered for {type(config).__name__}")
 
 
+def shares(config: MethodConfig) -> bool:
+    """Whether several matrices can share a leaf."""
+    return layout_shared.dispatch(type(config)) is not layout_shared.dispatch(MethodConfig)
+
+
 @singledispatch
 def sketch(config: MethodConfig) -> MethodConfig:
     """A cheap stand-in for `config` whose error at one size against another is that of `config`: by default itself."""
@@ -149,6 +162,61 @@ def sketch(config: MethodConfig) -> MethodConfig:
 def variants(config: MethodConfig) -> list[MethodConfig]:
     """The forms among which an allocation may choose for each unit: by default `config` alone."""
     return [config]
+
+
+class Candidates(NamedTuple):
+    """What a weight ``(out, in)`` is split into, for a choice over the whole model: ``left diag(values) right + S``.
+
+    `left` is (out, r), `values` (r,), `right` (r, in); `entries` are those of S in row-major order, where `support`, bool
+    (out, in), is True.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    entries: Tensor
+    support: Tensor
+
+    def only(self, values: Tensor, entries: Tensor) -> "Candidates":
+        """The candidates under two masks, bool (r,) and (number of entries,)."""
+        support = self.support.clone()
+        support[self.support] = entries
+        return Candidates(self.left[:, values], self.values[values], self.right[values], self.entries[entries], support)
+
+    def to_dense(self) -> Tensor:
+        """All of them together, (out, in)."""
+        dense = (self.left * self.values) @ self.right
+        dense[self.support] += self.entries
+        return dense
+
+
+@singledispatch
+def decompose(config: MethodConfig, weight: Tensor, gram: Gram) -> Candidates:
+    """The candidates of a weight (out, in), for a method that chooses among those of all weights at once.
+
+    Raises:
+        ValueError: for a weight that is not finite.
+    """
+    raise NotImplementedError(f"{type(config).__name__} does not choose after decomposing")
+
+
+@singledispatch
+def scores(config: MethodConfig, candidates: Candidates, gram: Gram) -> tuple[Tensor, Tensor]:
+    """What each singular value and each entry is worth before anything was tried out: (r,) and (number of entries,)."""
+    raise NotImplementedError(f"{type(config).__name__} does not choose after decomposing")
+
+
+@singledispatch
+def assemble(
+    config: MethodConfig, weight: Tensor, gram: Gram, candidates: Candidates, spec: FactorSpec
+) -> tuple[Factor, FitReport]:
+    """The chosen candidates of a weight as stored factors of the form `spec`, which has room for all of them."""
+    raise NotImplementedError(f"{type(config).__name__} does not choose after decomposing")
+
+
+def chooses(config: MethodConfig) -> bool:
+    """Whether the method decomposes all weights first and then chooses among the parts."""
+    return decompose.dispatch(type(config)) is not decompose.dispatch(MethodConfig)
 
 
 class BudgetTooSmallError(ValueError):
@@ -195,6 +263,33 @@ def relative_error(signals: Tensor, factor: Factor, whitening: Whitening) -> flo
     scale = signals.norm()
     error = (signals - whitening.whiten(factor.to_dense())).norm()
     return float(error / scale) if scale > 0 else 0.0
+
+
+def direct_report(
+    message: str, weight: Tensor, factor: Factor, gram: Gram, seconds: float, details: dict[str, float] | None = None
+) -> FitReport:
+    """The report of a method that knows no error before that of the stored values.
+
+    Args:
+        message: what was done.
+        weight: (out, in), what the factor stands for.
+        factor: as stored.
+        gram: of the inputs.
+        seconds: that the fit took.
+        details: numbers of the method's own.
+    """
+    error = relative_error(gram.whitening.whiten(weight), factor, gram.whitening)
+    return FitReport(
+        status="converged",
+        message=message,
+        relative_error=error,
+        objective=[error**2],
+        iterations=1,
+        seconds=seconds,
+        gram_rank=gram.whitening.rank,
+        gram_damping=gram.whitening.damping,
+        details=details or {},
+    )
 
 
 def checked_weight(weight: Tensor) -> Tensor:

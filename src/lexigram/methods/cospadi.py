@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal, NamedTuple, TypedDict
+from typing import Annotated, Literal, NamedTuple, TypedDict
 
 import torch
 from pydantic import Field
@@ -55,6 +55,7 @@ from lexigram.methods.base import (
     Fitted,
     Member,
     MethodConfig,
+    Plain,
     checked_weight,
     factored,
     fit,
@@ -66,7 +67,8 @@ from lexigram.methods.base import (
     relative_error,
     sketch,
 )
-from lexigram.methods.storing import ValueBits, codec, store_dense, store_sparse
+from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec, store_dense, store_sparse
+from lexigram.shown import FORM, Shown
 
 _RHO_SLACK = 0.03  # how far k/s may move from rho to fill a budget of bytes, besides one step of s
 _REFIT_STEPS = 8  # of conjugate gradients, to fit the codes to a dictionary that was rounded
@@ -86,32 +88,39 @@ class SolverParts(TypedDict):
 class CospadiConfig(MethodConfig):
     """The parts of the solver and the form. The defaults are the preset `fast`; see `PRESETS`.
 
-    `rho` is k/s, as long as k stays within the rank of the weight: beyond that the bytes go to s. `value_bits` are those of a
-    coefficient, `dictionary_bits` those of an entry of the dictionary: from 10 to 16 the highest bits of a bfloat16 (14 is the
-    paper's quantisation of coefficients), below that integers in groups of `value_group` with a scale and a zero. `metric` is
-    that of several matrices which share a dictionary: each its own (`exact`), or the mean of them (`mean`, as published).
-    `htp_rounds` and `cg_steps` are by default 1 and 2, and 2 and 4 where metrics differ: shared atoms are more coherent.
-    `mod-exact` solves the dictionary step of two different metrics in closed form, `mod` by a few conjugate gradients.
-    `accelerate` extrapolates both factors along their last change. `tolerance` stops when an outer iteration improves the
-    squared error by a smaller share.
+    `rho` holds as long as k stays within the rank of the weight: beyond that the bytes go to s. Bits from 10 to 16 are the
+    highest of a bfloat16 (14 is the paper's quantisation of coefficients), below that integers with a scale and a zero a
+    group. `htp_rounds` and `cg_steps` are more where metrics differ: shared atoms are more coherent. `mod-exact` solves the
+    dictionary step of two different metrics in closed form, `mod` by a few conjugate gradients. `tolerance` is of the squared
+    error.
     """
 
     name: Literal["cospadi"] = "cospadi"
-    rho: float = Field(default=3.0, ge=1.0)
-    value_bits: ValueBits = 8
-    dictionary_bits: ValueBits = 6
-    value_group: int = Field(default=128, ge=1, le=2**24)
-    metric: Literal["exact", "mean"] = "exact"
-    coding: Literal["htp", "omp", "threshold"] = "htp"
-    htp_rounds: int | None = Field(default=None, ge=1)
-    cg_steps: int | None = Field(default=None, ge=1)
-    update: Literal["mod", "mod-exact", "ksvd", "ksvd-exact"] = "mod"
-    power_iterations: int = Field(default=POWER_ITERATIONS, ge=1)
-    start: Start = "svd"
-    accelerate: bool = True
-    iterations: int = Field(default=ITERATIONS, ge=1)
-    tolerance: float = Field(default=TOLERANCE, ge=0)
-    plain: bool = False
+    rho: float = Field(default=3.0, ge=1.0, description="k/s: atoms over non-zeros a column.")
+    value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=8, description=BITS)
+    dictionary_bits: Annotated[ValueBits, Shown(FORM)] = Field(
+        default=6, description="Stored bits of a dictionary's entry."
+    )
+    value_group: ValueGroup = 128
+    metric: Annotated[Literal["exact", "mean"], Shown(FORM)] = Field(
+        default="exact", description="Of a shared dictionary: every layer its own, or the mean, as published."
+    )
+    coding: Literal["htp", "omp", "threshold"] = Field(default="htp", description="How coefficients are found.")
+    htp_rounds: Annotated[int | None, Shown(none="1, or 2 where metrics differ")] = Field(
+        default=None, ge=1, description="Rounds of `htp` in an outer iteration."
+    )
+    cg_steps: Annotated[int | None, Shown(none="2, or 4 where metrics differ")] = Field(
+        default=None, ge=1, description="Conjugate gradient steps in a round of `htp`."
+    )
+    update: Literal["mod", "mod-exact", "ksvd", "ksvd-exact"] = Field(
+        default="mod", description="How the dictionary is updated."
+    )
+    power_iterations: int = Field(default=POWER_ITERATIONS, ge=1, description="Power iterations for an atom of `ksvd`.")
+    start: Start = Field(default="svd", description="The first dictionary.")
+    accelerate: bool = Field(default=True, description="Extrapolate both factors along their last change.")
+    iterations: int = Field(default=ITERATIONS, ge=1, description="Outer iterations at most.")
+    tolerance: float = Field(default=TOLERANCE, ge=0, description="Stop below this relative improvement.")
+    plain: Plain = False
 
 
 PRESETS: dict[str, CospadiConfig] = {

@@ -5,7 +5,7 @@ al., arXiv 2210.17323; see `storing` for how we differ). `nearest` rounds every 
 """
 
 import time
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -20,13 +20,14 @@ from lexigram.methods.base import (
     FitReport,
     MethodConfig,
     checked_weight,
+    direct_report,
     fit,
     layout,
-    relative_error,
     size,
     variants,
 )
-from lexigram.methods.storing import store_dense
+from lexigram.methods.storing import BITS, ValueGroup, store_dense
+from lexigram.shown import FORM, Shown
 
 QuantizedBits = Literal[2, 3, 4, 6, 8, 16]
 _WIDTHS: tuple[QuantizedBits, ...] = (16, 8, 6, 4, 3, 2)
@@ -36,20 +37,23 @@ class QuantizeConfig(MethodConfig):
     """Integers of `value_bits` bits with one scale, and one zero unless `symmetric`, a `value_group` of inputs of an output.
 
     Without `value_bits` it is the most bits that the budget allows; 16 keeps bfloat16. A group is the largest divisor of the
-    inputs that is not above `value_group`. `order` is that of the columns for `gptq`:
-    `activation` takes those with the strongest inputs first. `clip` searches for each group how much of its range is worth
-    representing, errors weighted by the strength of the inputs. `damping` is the share of the Gram's mean diagonal
-    that is added to the diagonal.
+    inputs that is not above `value_group`. The search of `clip` weighs errors by the strength of the inputs.
     """
 
     name: Literal["quantize"] = "quantize"
-    value_bits: QuantizedBits | None = None
-    value_group: int = Field(default=128, ge=1, le=2**24)
-    symmetric: bool = False
-    rounding: Literal["gptq", "nearest"] = "gptq"
-    order: Literal["activation", "natural"] = "activation"
-    clip: bool = True
-    damping: float = Field(default=DAMPING, ge=0)
+    value_bits: Annotated[QuantizedBits | None, Shown(FORM, none="as the ratio allows")] = Field(
+        default=None, description=BITS
+    )
+    value_group: ValueGroup = 128
+    symmetric: bool = Field(default=False, description="Store a scale a group and no zero.")
+    rounding: Literal["gptq", "nearest"] = Field(default="gptq", description="How values are rounded.")
+    order: Literal["activation", "natural"] = Field(
+        default="activation", description="Of the columns for `gptq`: the strongest inputs first, or as they stand."
+    )
+    clip: bool = Field(default=True, description="Search how much of each group's range is worth representing.")
+    damping: float = Field(
+        default=DAMPING, ge=0, description="Share of the Gram's mean diagonal that is added to its diagonal."
+    )
 
 
 @layout.register
@@ -86,18 +90,9 @@ def _(
     factors = store_dense(
         weight, spec, lambda: gram.matrix, carry=carry, order=config.order, clip=config.clip, damping=config.damping
     )
-    error = relative_error(gram.whitening.whiten(weight), factors, gram.whitening)
-    return factors, FitReport(
-        status="converged",
-        message=f"{spec.codec.bits} bits, {f'errors carried in {config.order} order' if carry else 'rounded to nearest'}",
-        relative_error=error,
-        objective=[error**2],  # rounding is the whole of the method: there is no error before it
-        iterations=1,
-        seconds=time.perf_counter() - start,
-        gram_rank=gram.whitening.rank,
-        gram_damping=gram.whitening.damping,
-        details={"damping": config.damping} if carry else {},
-    )
+    message = f"{spec.codec.bits} bits, {f'errors carried in {config.order} order' if carry else 'rounded to nearest'}"
+    details = {"damping": config.damping} if carry else {}
+    return factors, direct_report(message, weight, factors, gram, time.perf_counter() - start, details)
 
 
 def _spec(config: QuantizeConfig, shape: tuple[int, int], bits: QuantizedBits) -> DenseSpec:

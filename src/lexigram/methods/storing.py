@@ -5,17 +5,30 @@ What is fine enough is rounded to nearest; whatever is coarser goes value by val
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from lexigram.factors import Bfloat, Codec, Dense, DenseSpec, Integer, Sparse, SparseSpec, group_size
+from lexigram.factors import Bfloat, Codec, Dense, DenseSpec, Grid, Integer, Sparse, SparseSpec, group_size
+from lexigram.linalg.integers import Steps, to_steps
 from lexigram.linalg.rounding import DAMPING, activation_order, round_carrying, round_carrying_on_support
 from lexigram.linalg.selection import largest_indicator
+from lexigram.linalg.surgeon import Pruned
+from lexigram.shown import FORM, Shown
 
 ValueBits = Literal[2, 3, 4, 6, 8, 10, 12, 14, 16]
 """Stored bits of a value: integers with a scale and a zero a group up to 8, above that bfloat16 with so many bits kept."""
+
+BITS = "Stored bits of a value: of a coefficient, a low-rank factor, a quantised weight."
+
+ValueGroup = Annotated[
+    int,
+    Shown(FORM),
+    Field(ge=1, le=2**24, description="How many values share a scale where they are stored as integers."),
+]
+"""A field of every method that stores integers."""
 
 
 def codec(bits: ValueBits, group: int, cols: int | None = None) -> Codec:
@@ -87,3 +100,25 @@ def store_sparse(codes: Tensor, spec: SparseSpec, gram_of: Callable[[], Tensor])
         values, positions, gram_of(), lambda targets, at: spec.codec.round(targets, grid.at(at)), damping=0.0
     )
     return Sparse.encode(torch.zeros_like(codes).scatter_(1, positions, rounded), spec, support, grid)
+
+
+def store_pruned(weight: Tensor, pruned: Pruned, spec: SparseSpec, gram: Tensor) -> Sparse:
+    """Round kept entries of a weight so that ``(W - V) gram (W - V)^T`` stays small (`lexigram.linalg.integers`).
+
+    Args:
+        weight: (out, in), what the entries stand for.
+        pruned: the values wanted, and their support.
+        spec: the leaf; values of 8 bits and more, and those of blocks, are rounded to nearest.
+        gram: (in, in).
+    """
+    codec = spec.codec
+    if codec.bits >= 8 or not isinstance(codec, Integer) or spec.block != (1, 1):
+        return Sparse.encode(pruned.values, spec, pruned.support)
+    strength = gram.diagonal() + DAMPING * gram.diagonal().mean()
+    grid = codec.grid(pruned.values[pruned.support], strength.expand_as(weight)[pruned.support])
+    assert grid.scale is not None
+    assert grid.zero is not None
+    firsts = grid.scale[:: codec.group], grid.zero[:: codec.group]
+    stepped = to_steps(weight, gram, pruned.support, pruned.values, Steps(*firsts, (1 << codec.bits) - 1, codec.group))
+    scale = stepped.scale.bfloat16().repeat_interleave(codec.group)[: spec.nonzeros]
+    return Sparse.encode(stepped.values, spec, pruned.support, Grid(scale, grid.zero))

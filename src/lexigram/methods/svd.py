@@ -7,7 +7,7 @@ their Grams, this is Basis Sharing (arXiv 2410.03765): one right factor for all 
 
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from lexigram.methods.base import (
     Fitted,
     Member,
     MethodConfig,
+    Plain,
     checked_weight,
     factored,
     fit,
@@ -34,19 +35,20 @@ from lexigram.methods.base import (
     relative_error,
     size,
 )
-from lexigram.methods.storing import ValueBits, codec, store_dense
+from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec, store_dense
+from lexigram.shown import FORM, Shown
 
 
 class SvdConfig(MethodConfig):
     """Low rank in the metric of the calibration Gram; `plain` in that of the weights.
 
-    `value_bits` are those of both factors; below 10 they are integers in groups of `value_group` with a scale and a zero.
+    `value_bits` are those of both factors; below 10 they are integers with a scale and a zero a group.
     """
 
     name: Literal["svd"] = "svd"
-    value_bits: ValueBits = 16
-    value_group: int = Field(default=128, ge=1, le=2**24)
-    plain: bool = False
+    value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=16, description=BITS)
+    value_group: ValueGroup = 128
+    plain: Plain = False
 
 
 @layout.register

@@ -1,0 +1,62 @@
+"""OATS: low rank plus sparse, with each input weighed by the energy that it has on the calibration text (arXiv 2409.13652).
+
+Truncated SVD and hard thresholding of every output in turns, on ``W D`` with ``D = diag(G)^(1/2)``; then both parts are
+taken back to the weight's own coordinates. Correlations between inputs are not used, unless `refit` does so at the end.
+"""
+
+import time
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lexigram.factors import Factor, FactorSpec, Product, Sparse, encode
+from lexigram.gram import Gram
+from lexigram.linalg.low_rank_sparse import OATS_ROUNDS, oats
+from lexigram.linalg.pruning import refit
+from lexigram.methods.base import Budget, FitReport, MethodConfig, checked_weight, direct_report, fit, layout
+from lexigram.methods.storing import BITS, ValueBits, ValueGroup
+from lexigram.methods.sums import largest_sum, sizes, stored_sum
+from lexigram.shown import FORM, Shown
+
+
+class OatsConfig(MethodConfig):
+    """`rank_share` is that of the stored bytes; of the kept parameters, as published, it is the same but for the bitmask."""
+
+    name: Literal["oats"] = "oats"
+    rank_share: Annotated[float, Shown(FORM)] = Field(
+        default=0.25, ge=0, le=1, description="Share of the bytes that goes to the low-rank part."
+    )
+    rounds: int = Field(default=OATS_ROUNDS, ge=1, description="Of singular values and entries in turns.")
+    refit: bool = Field(
+        default=False, description="Move the kept values to where the outputs on the text stay closest."
+    )
+    value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=16, description=BITS)
+    value_group: ValueGroup = 128
+
+
+@layout.register
+def _(config: OatsConfig, shape: tuple[int, int], budget: Budget) -> FactorSpec:
+    """Equally many entries in every output."""
+    return largest_sum(shape, budget, config.rank_share, config.value_bits, config.value_group, grain=shape[0])
+
+
+@fit.register
+def _(
+    config: OatsConfig, weight: Tensor, gram: Gram, spec: FactorSpec, generator: torch.Generator
+) -> tuple[Factor, FitReport]:
+    start = time.perf_counter()
+    weight = checked_weight(weight)
+    rank, entries = sizes(spec)
+    parts = oats(weight, gram.matrix.diagonal(), rank, entries, rounds=config.rounds)
+    sparse = parts.sparse
+    if config.refit:
+        sparse = refit(weight - parts.left @ parts.right, gram.matrix, parts.support, sparse)
+    factor = stored_sum(
+        spec,
+        lambda low: Product(encode(parts.left, low.left), encode(parts.right, low.right)),
+        lambda kept: Sparse.encode(sparse, kept, parts.support),
+    )
+    message = f"rank {rank}, {entries / weight.numel():.1%} of the entries, {len(parts.history)} rounds"
+    return factor, direct_report(message, weight, factor, gram, time.perf_counter() - start)
