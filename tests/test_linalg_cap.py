@@ -233,7 +233,7 @@ def by_walking(scores: list[Tensor], costs: list[float], budget: float, per_cost
     return kept
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=5),
     levels=st.sampled_from([1, 2, 5, 1000]),

@@ -73,7 +73,7 @@ class Recipe(BaseModel):
     allocation: Annotated[str, Shown(metavar=f"{UNIFORM}|{KNAPSACK}|FILE")] = Field(
         default=UNIFORM,
         description="How the bytes are spent over the layers; FILE is the allocation.json of an earlier result. "
-        f"`{GLOBAL}`, for cap and its default, ranks the parts of all layers together.",
+        f"`{GLOBAL}`, the default of cap, ranks the parts of all layers together; lowrank-sparse takes {KNAPSACK} unless told.",
     )
     measure: Literal["loss", "relative", "absolute"] = Field(
         default="loss", description="What the knapsack counts as the cost of an error."
@@ -142,8 +142,8 @@ class Recipe(BaseModel):
                 f"sequential calibration needs a layer's factors before the next layer is run, and share {self.share!r} gives "
                 "them later; share on one `site`, or leave one of the two out"
             )
-        if chooses(self.method) and "allocation" not in self.model_fields_set:
-            object.__setattr__(self, "allocation", GLOBAL)
+        if "allocation" not in self.model_fields_set:
+            object.__setattr__(self, "allocation", self.method.allocation)
         if chooses(self.method) and self.allocation == KNAPSACK:
             raise ValueError(f"the method {self.method.name} chooses by itself; take the allocation global or uniform")
         if chooses(self.method) and self.sequential:

@@ -8,6 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lexigram import comparison
+from lexigram.comparing import ComparisonPlan, Job
 from lexigram.factors import DenseSpec, FactorSpec, Leaf, ProductSpec, SharedSpec, SparseSpec, SumSpec, factor_spec
 from lexigram.planning import Plan
 from lexigram.records import LayerRecord, RunRecord
@@ -154,6 +156,43 @@ def _evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
             _number(row.get("tokens"), ",d"),
         )
     return table
+
+
+def comparison_plan_table(plan: ComparisonPlan) -> Table:
+    """What a comparison will do: one line a row, with the bits that its recipe comes to where they are known before."""
+    table = Table(title=f"{escape(plan.model)}: rows to compare")
+    for column in ("row", "method", "ratio", "bits a weight", ""):
+        table.add_column(column, justify="right" if column in ("ratio", "bits a weight") else "left")
+    table.add_row(comparison.DENSE, "", "", "", "there already" if plan.dense else "to evaluate")
+    for job in plan.jobs:
+        table.add_row(
+            escape(job.name), job.recipe.method.name, f"{job.recipe.ratio:g}", _planned_bits(job), _state(job)
+        )
+    return table
+
+
+def _planned_bits(job: Job) -> str:
+    if job.plan is None or job.plan.allocation is None:
+        return ""
+    return f"{8 * job.plan.bytes_after / sum(target.weight_count for target in job.plan.targets):.2f}"
+
+
+def _state(job: Job) -> str:
+    if job.error is not None:
+        return "cannot be made"
+    if job.done is not None:
+        return "there already"
+    return "to evaluate" if job.kept else "to compress"
+
+
+def comparison_table(table: comparison.Table) -> Table:
+    """The same table for the terminal."""
+    drawn = Table(title="comparison")
+    for head in table.header:
+        drawn.add_column(head, justify="left" if head == "recipe" else "right")
+    for cells in table.cells:
+        drawn.add_row(*map(escape, cells))
+    return drawn
 
 
 def form(spec: dict[str, Any]) -> str:

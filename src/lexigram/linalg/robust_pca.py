@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-6
-"""Share of the norm of the matrix that ``L + S`` may miss; float32 resolves it, by a factor of about ten."""
+"""Share of the norm of the matrix that ``L + S`` may miss; float32 resolves it, by a factor of about ten.
+
+Weights of language models, which are neither low rank nor sparse, do not quite get there in 200 iterations: a query
+projection (576, 576) of SmolLM2-135M misses 1.5e-6, a down projection (576, 1536) 8.5e-6, in float64 as well. A growth of 1.02
+gets them there in 170 to 180, at an objective higher by .1 and .7 % and with more ranks.
+"""
 
 ITERATIONS = 200
 
@@ -118,10 +123,11 @@ def shrink_values(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor, Ten
     """The singular triplets ``(m, r), (r,), (r, n)`` of what minimises ``threshold ||L||_* + ||L - matrix||_F^2 / 2``: those
     of the matrix, with the values lowered by `threshold`, where they are still above zero.
 
-    From the eigenvectors of the smaller Gram in float64, in a third of the time of an SVD in float32 for (576, 1536). A
-    singular value ``v`` comes out to about ``1e-16 (v_max / v)^2`` of itself, so to float32 where `threshold` is above 1e-4
-    of the largest; `penalty` sets it to 1e-2 and more. Eigenvectors of a float32 Gram would not do, and only those of
-    values above the threshold are divided by them.
+    From the eigenvectors of the smaller Gram in float64. For a float32 weight (576, 1536) that takes two thirds of the time
+    of an SVD in float32, for (576, 576) as much, and is four times as accurate. A singular value ``v`` comes out to about
+    ``1e-16 (v_max / v)^2`` of itself, and only vectors of those above `threshold` are divided by theirs; `penalty` sets it
+    to 2e-2 of the largest or so. A float32 Gram would halve the time, but with a growing penalty, or a larger largest value,
+    there would be nothing left of the digits of values near the threshold.
     """
     if matrix.shape[0] > matrix.shape[1]:
         right, values, left = shrink_values(matrix.T, threshold)

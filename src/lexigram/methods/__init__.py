@@ -21,6 +21,7 @@ from lexigram.methods.base import (
 )
 from lexigram.methods.cap import CapConfig
 from lexigram.methods.cospadi import PRESETS, CospadiConfig
+from lexigram.methods.lowrank_sparse import LowRankSparseConfig
 from lexigram.methods.oats import OatsConfig
 from lexigram.methods.pruning import MagnitudeConfig, SparseGptConfig, WandaConfig
 from lexigram.methods.quantize import QuantizeConfig
@@ -29,6 +30,7 @@ from lexigram.methods.svd import SvdConfig
 AnyMethod = Annotated[
     CapConfig
     | CospadiConfig
+    | LowRankSparseConfig
     | MagnitudeConfig
     | OatsConfig
     | QuantizeConfig
@@ -41,6 +43,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "cospadi": CospadiConfig,
     "svd": SvdConfig,
     "quantize": QuantizeConfig,
+    "lowrank-sparse": LowRankSparseConfig,
     "cap": CapConfig,
     "oats": OatsConfig,
     "sparsegpt": SparseGptConfig,
@@ -58,6 +61,7 @@ __all__ = [
     "CospadiConfig",
     "FitReport",
     "Fitted",
+    "LowRankSparseConfig",
     "MagnitudeConfig",
     "Member",
     "MethodConfig",

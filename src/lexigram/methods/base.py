@@ -7,7 +7,7 @@ add `layout_shared` and `fit_shared`, for matrices that share a leaf, and `sketc
 
 from collections.abc import Sequence
 from functools import singledispatch
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,6 +40,9 @@ class MethodConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    allocation: ClassVar[str] = "uniform"
+    """How the bytes are spent over the layers unless the recipe says it."""
 
     name: str
 

@@ -7,7 +7,7 @@ by probability or by probability per stored bit. Kept values are used as they ar
 """
 
 import time
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +36,8 @@ from lexigram.shown import FORM, Shown
 
 class CapConfig(MethodConfig):
     """Robust PCA, the policy and the form."""
+
+    allocation: ClassVar[str] = "global"
 
     name: Literal["cap"] = "cap"
     value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=16, description=BITS)

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lexigram.factors import Bfloat, Codec, Dense, DenseSpec, Grid, Integer, Sparse, SparseSpec, group_size
-from lexigram.linalg.integers import Steps, to_steps
+from lexigram.linalg.integers import ROUNDS, Steps, to_steps
 from lexigram.linalg.rounding import DAMPING, activation_order, round_carrying, round_carrying_on_support
 from lexigram.linalg.selection import largest_indicator
 from lexigram.linalg.surgeon import Pruned
@@ -102,7 +102,15 @@ def store_sparse(codes: Tensor, spec: SparseSpec, gram_of: Callable[[], Tensor])
     return Sparse.encode(torch.zeros_like(codes).scatter_(1, positions, rounded), spec, support, grid)
 
 
-def store_pruned(weight: Tensor, pruned: Pruned, spec: SparseSpec, gram: Tensor) -> Sparse:
+def store_pruned(
+    weight: Tensor,
+    pruned: Pruned,
+    spec: SparseSpec,
+    gram: Tensor,
+    *,
+    sweeps: int = ROUNDS,
+    damping: float = DAMPING,
+) -> Sparse:
     """Round kept entries of a weight so that ``(W - V) gram (W - V)^T`` stays small (`lexigram.linalg.integers`).
 
     Args:
@@ -110,15 +118,18 @@ def store_pruned(weight: Tensor, pruned: Pruned, spec: SparseSpec, gram: Tensor)
         pruned: the values wanted, and their support.
         spec: the leaf; values of 8 bits and more, and those of blocks, are rounded to nearest.
         gram: (in, in).
+        sweeps: over the values, each with a refit of their scales.
+        damping: share of the Gram's mean diagonal that is added to its diagonal.
     """
     codec = spec.codec
     if codec.bits >= 8 or not isinstance(codec, Integer) or spec.block != (1, 1):
         return Sparse.encode(pruned.values, spec, pruned.support)
-    strength = gram.diagonal() + DAMPING * gram.diagonal().mean()
+    strength = gram.diagonal() + damping * gram.diagonal().mean()
     grid = codec.grid(pruned.values[pruned.support], strength.expand_as(weight)[pruned.support])
     assert grid.scale is not None
     assert grid.zero is not None
     firsts = grid.scale[:: codec.group], grid.zero[:: codec.group]
-    stepped = to_steps(weight, gram, pruned.support, pruned.values, Steps(*firsts, (1 << codec.bits) - 1, codec.group))
+    steps = Steps(*firsts, (1 << codec.bits) - 1, codec.group)
+    stepped = to_steps(weight, gram, pruned.support, pruned.values, steps, rounds=sweeps, damping=damping)
     scale = stepped.scale.bfloat16().repeat_interleave(codec.group)[: spec.nonzeros]
     return Sparse.encode(stepped.values, spec, pruned.support, Grid(scale, grid.zero))

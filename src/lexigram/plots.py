@@ -1,0 +1,187 @@
+"""The plot of a comparison: token perplexity against stored bits a weight, one line a recipe. Decides and measures nothing.
+
+Matplotlib is optional (`pip install 'lexigram[plot]'`) and imported only here, when a plot is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lexigram.comparison import DENSE, Figure, Line, Row, figure, lines
+from lexigram.errors import LexigramError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Drawing
+    from matplotlib.transforms import Bbox
+
+_SIZE = (9.0, 5.5)  # inches
+_DOTS = 150  # an inch, in the PNG
+_MARKERS = "osD^vPX"
+_COLOURS = 10  # in matplotlib's own cycle, which begins again after them
+_NARROW = 4  # greatest over least perplexity below which steps of 1, 2, 5 leave too few numbers on the axis
+_PLACES = ((7, 4), (7, -11), (-7, 4), (-7, -11), (0, 8), (0, -16), (7, 14), (-7, 14), (7, -21), (-7, -21))
+"""Where a label may stand beside its point, in points; what is left of it ends there. The first free one is taken."""
+
+
+class Point(NamedTuple):
+    """What a recipe came to at one ratio."""
+
+    bits: Figure
+    perplexity: Figure
+    ratio: float | None
+
+
+def missing() -> str | None:
+    """Why there can be no plot, and the remedy; None where there can."""
+    try:
+        import_module("matplotlib.figure")
+    except ImportError:
+        return "the plot is left out: matplotlib is not installed; run: pip install 'lexigram[plot]'"
+    return None
+
+
+def draw(rows: Sequence[Row], title: str, files: Sequence[Path]) -> None:
+    """Write the plot into each of `files`, in the format that its suffix names.
+
+    A row without a finite perplexity is left out.
+
+    Raises:
+        LexigramError: where a file cannot be written.
+    """
+    import matplotlib
+
+    # Without the salt and the date the same rows would give another SVG each time.
+    with matplotlib.rc_context({"svg.hashsalt": "lexigram"}):
+        drawing = _drawing(rows, title)
+        for file in files:
+            partial = file.with_name(f".{file.name}.partial")
+            form = file.suffix.removeprefix(".")
+            try:
+                drawing.savefig(
+                    partial, format=form, dpi=_DOTS, metadata={"Date": None} if form == "svg" else {"Software": None}
+                )
+                partial.replace(file)
+            except OSError as error:
+                raise LexigramError(f"{file} cannot be written: {error.strerror or error}; free some space") from error
+
+
+def curves(rows: Sequence[Row]) -> dict[str, list[Point]]:
+    """The points of every recipe that has any, by falling bits."""
+    found: dict[str, list[Point]] = {}
+    for line in lines(row for row in rows if row.recipe != DENSE):
+        if point := _point(line):
+            found.setdefault(line.recipe, []).append(point)
+    return {name: sorted(points, key=lambda point: -point.bits.mean) for name, points in found.items()}
+
+
+def _point(line: Line) -> Point | None:
+    bits = figure(row.bits_per_weight for row in line.measured)
+    perplexity = figure(row.token_perplexity for row in line.measured)
+    return Point(bits, perplexity, line.ratio) if bits and perplexity else None
+
+
+def _drawing(rows: Sequence[Row], title: str) -> Drawing:
+    from matplotlib.figure import Figure as Drawing
+
+    found = curves(rows)
+    dense = next((row.token_perplexity for row in rows if row.recipe == DENSE), None)
+    drawing = Drawing(figsize=_SIZE, layout="constrained")
+    axes = drawing.add_subplot()
+    axes.set_title(title)
+    axes.set_xlabel("stored bits a weight of the compressed layers")
+    axes.set_ylabel("token perplexity (log scale)")
+    axes.set_yscale("log")
+    axes.grid(visible=True, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    for number, (name, points) in enumerate(found.items()):
+        spreads = [point.perplexity.spread or 0.0 for point in points]
+        axes.errorbar(
+            [point.bits.mean for point in points],
+            [point.perplexity.mean for point in points],
+            yerr=spreads if any(spreads) else None,
+            color=f"C{number % _COLOURS}",
+            marker=_MARKERS[number // _COLOURS % len(_MARKERS)],
+            markersize=6,
+            capsize=3,
+            label=name,
+        )
+    if dense is not None:
+        axes.axhline(dense, color="0.35", linestyle="--", linewidth=1, zorder=1)
+    axes.margins(x=0.12, y=0.1)
+    several = any(len(points) > 1 for points in found.values())
+    if several:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, title="at ratio")
+    _number_perplexities(axes, [dense, *(point.perplexity.mean for points in found.values() for point in points)])
+    _label(drawing, axes, found, dense, names=not several)
+    return drawing
+
+
+def _number_perplexities(axes: Axes, values: Sequence[float | None]) -> None:
+    """Plain numbers on the axis, enough of them also where all perplexities are near to each other."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    present = [value for value in values if value is not None]
+    narrow = not present or max(present) < _NARROW * min(present)
+    axes.yaxis.set_major_locator(MaxNLocator(7) if narrow else LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.10g}"))
+
+
+def _label(drawing: Drawing, axes: Axes, found: dict[str, list[Point]], dense: float | None, *, names: bool) -> None:
+    """A word beside every point: its recipe's name, or its ratio where lines have several; none over another."""
+    from matplotlib.transforms import Bbox
+
+    drawing.draw_without_rendering()
+    drawing.set_layout_engine("none")  # places are known now, and labels must not move them
+    taken: list[Bbox] = []
+    for points in found.values():
+        for point in points:
+            x, y = axes.transData.transform((point.bits.mean, point.perplexity.mean))
+            taken.append(Bbox.from_bounds(x - 5, y - 5, 10, 10))
+    if dense is not None:
+        said = axes.annotate(
+            f"dense {dense:.4g}",
+            (0, dense),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=9,
+            color="0.35",
+        )
+        taken.append(said.get_window_extent())
+    for number, (name, points) in enumerate(found.items()):
+        for point in points:
+            text = name if names else f"{point.ratio:g}" if point.ratio is not None else name
+            taken.append(_placed(axes, text, point, f"C{number % _COLOURS}", taken))
+
+
+def _placed(axes: Axes, text: str, point: Point, colour: str, taken: Sequence[Bbox]) -> Bbox:
+    """Write `text` beside its point, where it stands on nothing that is taken and inside of the axes; where it stands."""
+    said = axes.annotate(
+        text,
+        (point.bits.mean, point.perplexity.mean),
+        xytext=_PLACES[0],
+        textcoords="offset points",
+        fontsize=9,
+        color=colour,
+    )
+    for place in (*_PLACES, _PLACES[0]):  # where nothing is free the first is as good as any
+        said.set_position(place)
+        said.set_horizontalalignment("left" if place[0] > 0 else "right" if place[0] < 0 else "center")
+        box = said.get_window_extent()
+        if _within(box, axes.bbox) and not any(box.overlaps(other) for other in taken):
+            break
+    return box
+
+
+def _within(box: Bbox, frame: Bbox) -> bool:
+    return bool(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+
+
+def plot_files(folder: Path) -> Iterator[Path]:
+    """Where the plot of a comparison lies: to look at, and to print."""
+    yield from (folder / "plot.png", folder / "plot.svg")
