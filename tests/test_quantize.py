@@ -21,6 +21,8 @@ CONFIGS: dict[str, QuantizeConfig] = {
     "gptq 6 bits": QuantizeConfig(value_bits=6),
     "gptq 8 bits": QuantizeConfig(value_bits=8),
     "gptq no damping": QuantizeConfig(value_bits=4, damping=0.0),
+    "gptq and sweeps": QuantizeConfig(value_bits=4, sweeps=2),
+    "gptq symmetric and sweeps": QuantizeConfig(value_bits=3, symmetric=True, sweeps=2),
     "nearest": QuantizeConfig(value_bits=4, rounding="nearest"),
     "nearest min-max": QuantizeConfig(value_bits=4, rounding="nearest", clip=False),
 }
@@ -173,6 +175,17 @@ def test_gptq_is_that_of_the_grid_chosen_from_the_weight() -> None:
         assert torch.equal(stored[0]["scales"], other["scales"])
         assert torch.equal(stored[0]["zeros"], other["zeros"])
         assert not torch.equal(stored[0]["values"], other["values"])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_sweeps_improve_on_gptq(bits: Any, symmetric: bool) -> None:
+    weight, X = normal(48, 64, seed=5), correlated()
+    once, swept = (
+        run(QuantizeConfig(value_bits=bits, symmetric=symmetric, sweeps=sweeps), weight, X)[1].relative_error
+        for sweeps in (0, 4)
+    )
+    assert swept < 0.97 * once
 
 
 def test_activation_order_helps_where_channels_differ() -> None:

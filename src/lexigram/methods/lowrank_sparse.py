@@ -62,7 +62,11 @@ class LowRankSparseConfig(MethodConfig):
     rounds: int = Field(
         default=ROUNDS, ge=0, description="Of the search for a support; 0 takes SparseGPT's pass instead."
     )
-    sweeps: int = Field(default=SWEEPS, ge=0, description="Over values of few bits, each with a refit of their scales.")
+    sweeps: int = Field(
+        default=SWEEPS,
+        ge=0,
+        description="Over values of few bits once they are rounded, each with a refit of their scales.",
+    )
     damping: float = Field(
         default=DAMPING, ge=0, description="Share of the Gram's mean diagonal that is added to its diagonal."
     )

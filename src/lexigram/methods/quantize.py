@@ -50,6 +50,9 @@ class QuantizeConfig(MethodConfig):
     order: Literal["activation", "natural"] = Field(
         default="activation", description="Of the columns for `gptq`: the strongest inputs first, or as they stand."
     )
+    sweeps: int = Field(
+        default=0, ge=0, description="Over values of few bits once they are rounded, each with a refit of their scales."
+    )
     clip: bool = Field(default=True, description="Search how much of each group's range is worth representing.")
     damping: float = Field(
         default=DAMPING, ge=0, description="Share of the Gram's mean diagonal that is added to its diagonal."
@@ -88,7 +91,14 @@ def _(
     weight = checked_weight(weight)
     carry = config.rounding == "gptq" and spec.codec.bits < 16
     factors = store_dense(
-        weight, spec, lambda: gram.matrix, carry=carry, order=config.order, clip=config.clip, damping=config.damping
+        weight,
+        spec,
+        lambda: gram.matrix,
+        carry=carry,
+        order=config.order,
+        clip=config.clip,
+        sweeps=config.sweeps,
+        damping=config.damping,
     )
     message = f"{spec.codec.bits} bits, {f'errors carried in {config.order} order' if carry else 'rounded to nearest'}"
     details = {"damping": config.damping} if carry else {}

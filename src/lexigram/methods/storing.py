@@ -46,6 +46,7 @@ def store_dense(
     carry: bool = True,
     order: Literal["activation", "natural"] = "activation",
     clip: bool = True,
+    sweeps: int = 0,
     damping: float = DAMPING,
 ) -> Dense:
     """Round `matrix` (rows, cols) so that ``(M - M^) gram (M - M^)^T`` stays small, row by row (GPTQ, arXiv 2210.17323).
@@ -60,6 +61,7 @@ def store_dense(
         carry: False rounds every value by itself.
         order: of the columns; `activation` takes those with the strongest inputs first.
         clip: search for each group how much of its range is worth representing, errors weighted by the inputs' strength.
+        sweeps: over the values once they are rounded, each with a refit of the scales (`lexigram.linalg.integers`).
         damping: share of the Gram's mean diagonal that is added to its diagonal.
     """
     if spec.codec.bits == 16:
@@ -68,15 +70,19 @@ def store_dense(
     strength = gram.diagonal()
     # The grid serves inputs that the calibration text does not have as well, hence the damping here too.
     grid = spec.codec.grid(matrix, strength + damping * strength.mean(), clip=clip)
-    if carry:
-        matrix = round_carrying(
-            matrix,
-            gram,
-            lambda targets, column: spec.codec.round(targets, grid.at((slice(None), column))),
-            order=activation_order(gram) if order == "activation" else None,
-            damping=damping,
-        )
-    return Dense.encode(matrix, spec, grid)
+    if not carry:
+        return Dense.encode(matrix, spec, grid)
+    rounded = round_carrying(
+        matrix,
+        gram,
+        lambda targets, column: spec.codec.round(targets, grid.at((slice(None), column))),
+        order=activation_order(gram) if order == "activation" else None,
+        damping=damping,
+    )
+    if sweeps and isinstance(spec.codec, Integer):
+        everywhere = Pruned(rounded, torch.ones_like(rounded, dtype=torch.bool))
+        rounded, grid = _stepped(matrix, everywhere, spec.codec, grid, gram, sweeps, damping)
+    return Dense.encode(rounded, spec, grid)
 
 
 def store_sparse(codes: Tensor, spec: SparseSpec, gram_of: Callable[[], Tensor]) -> Sparse:
@@ -126,10 +132,18 @@ def store_pruned(
         return Sparse.encode(pruned.values, spec, pruned.support)
     strength = gram.diagonal() + damping * gram.diagonal().mean()
     grid = codec.grid(pruned.values[pruned.support], strength.expand_as(weight)[pruned.support])
+    values, grid = _stepped(weight, pruned, codec, grid, gram, sweeps, damping)
+    return Sparse.encode(values, spec, pruned.support, grid)
+
+
+def _stepped(
+    weight: Tensor, wanted: Pruned, codec: Integer, grid: Grid, gram: Tensor, sweeps: int, damping: float
+) -> tuple[Tensor, Grid]:
+    """Values on the support of `wanted` that a grid with other scales than `grid` can store, and that grid."""
     assert grid.scale is not None
     assert grid.zero is not None
-    firsts = grid.scale[:: codec.group], grid.zero[:: codec.group]
-    steps = Steps(*firsts, (1 << codec.bits) - 1, codec.group)
-    stepped = to_steps(weight, gram, pruned.support, pruned.values, steps, rounds=sweeps, damping=damping)
-    scale = stepped.scale.bfloat16().repeat_interleave(codec.group)[: spec.nonzeros]
-    return Sparse.encode(stepped.values, spec, pruned.support, Grid(scale, grid.zero))
+    firsts = (part.reshape(-1)[:: codec.group] for part in (grid.scale, grid.zero))
+    steps = Steps(*firsts, levels=(1 << codec.bits) - 1, group=codec.group)
+    found = to_steps(weight, gram, wanted.support, wanted.values, steps, rounds=sweeps, damping=damping)
+    scale = found.scale.bfloat16().repeat_interleave(codec.group)[: grid.scale.numel()]
+    return found.values, Grid(scale.view(grid.scale.shape), grid.zero)
