@@ -264,7 +264,11 @@ def test_inputs_of_deficient_rank(name: str, kind: str) -> None:
     config = CONFIGS[name]
     if kind == "all zero":  # no direction is preferred: every value is rounded by itself
         nearest, _ = run(config.model_copy(update={"rounding": "nearest"}), weight, X)
-        assert torch.equal(factors.to_dense(), nearest.to_dense())
+        if config.sweeps:  # and scales are those of the least squares
+            lost, by_itself = ((each.to_dense() - weight).norm() for each in (factors, nearest))
+            assert lost <= by_itself
+        else:
+            assert torch.equal(factors.to_dense(), nearest.to_dense())
     else:
         assert output_error(weight, factors, X) < (0.5 if config.value_bits == 2 else 0.25)
     if kind == "dead channels" and config.value_bits >= 4:

@@ -6,6 +6,8 @@ folder.
 
 from importlib.metadata import version
 
+from lexigram.comparing import Comparison, compare
+from lexigram.comparison import Row
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate
 from lexigram.methods import CospadiConfig, QuantizeConfig, SvdConfig
@@ -20,15 +22,18 @@ __version__ = version("lexigram")
 
 __all__ = [
     "Calibration",
+    "Comparison",
     "CospadiConfig",
     "Evaluation",
     "LexigramError",
     "Plan",
     "QuantizeConfig",
     "Recipe",
+    "Row",
     "RunRecord",
     "Source",
     "SvdConfig",
+    "compare",
     "compress",
     "evaluate",
     "export_dense",

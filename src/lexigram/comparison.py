@@ -5,6 +5,7 @@ calibration seeds. Not here: how rows are made (`comparing`), the plot (`plots`)
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -113,6 +114,8 @@ def perplexity(value: float | None) -> str:
     """For people; None is what lies beyond a float."""
     if value is None:
         return "inf"
+    if value >= 1e6:
+        return f"{value:.1e}"
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
@@ -132,18 +135,26 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 """Which figures the table shows, under which heads, and how they are written."""
 
+_NOT_BRIEF = ("bytes_after", "mean_relative_error", "seconds_fitting")
 
-def table(rows: Sequence[Row]) -> Table:
-    """One line a recipe and ratio, and a note for each row that failed or has no finite perplexity."""
-    header = ["recipe", "ratio", *(head for head, _ in _COLUMNS.values())]
+
+def table(rows: Sequence[Row], *, brief: bool = False) -> Table:
+    """One line a recipe and ratio, and a note for each row that failed or has no finite perplexity.
+
+    Args:
+        rows: dense first.
+        brief: leave columns out, for 80 characters.
+    """
+    columns = {key: column for key, column in _COLUMNS.items() if not (brief and key in _NOT_BRIEF)}
+    header = ["recipe", "ratio", *(head for head, _ in columns.values())]
     cells, notes = [], []
     for line in lines(rows):
         ratio = "" if line.ratio is None else f"{line.ratio:g}"
         # What some seeds came to stands beside a note on the others.
-        shown = [_cell(line.measured, key, written) for key, (_, written) in _COLUMNS.items()]
+        shown = {key: _cell(line.measured, key, written) for key, (_, written) in columns.items()}
         if not line.measured:
-            shown[list(_COLUMNS).index("token_perplexity")] = "failed"
-        cells.append([line.recipe, ratio, *shown])
+            shown["token_perplexity"] = "failed"
+        cells.append([line.recipe, ratio, *shown.values()])
         notes += [f"{row.label} failed: {row.error}" for row in line.rows if row.error is not None]
         notes += [f"{row.label}: the perplexity is beyond a float" for row in line.measured if _infinite(row)]
     return Table(header, cells, notes)
@@ -169,25 +180,31 @@ def setting(rows: Sequence[Row]) -> str:
     if not measured:
         return ""
     dense, compressed = measured[0], [row for row in measured if row.run]
-    said = (
-        f"Evaluated on {dense.text}, context {dense.context}, {dense.windows} windows, {dense.tokens:,} scored tokens. "
-    )
-    sources = dict.fromkeys(row.run["calibration_source"] for row in compressed)
+    said = [
+        f"Evaluated on {dense.text}, context {dense.context}, {dense.windows} windows, {dense.tokens:,} scored tokens."
+    ]
     seeds = sorted({row.calibration_seed for row in compressed if row.calibration_seed is not None})
     if compressed:
-        tokens = compressed[0].run["calibration_tokens"]
-        said += f"All recipes are calibrated on the same {tokens:,} tokens: {'; '.join(sources)}. "
-    said += (
-        "`ratio` is the share of the layers' bytes that was asked to be removed; bytes are stored bytes; KL (nats) and top-1 "
-        "agreement are against dense; the output error is the mean over the layers, relative, on the calibration text; fitting "
-        "is the method's own time."
+        said.append(f"All recipes are calibrated on {_calibration(compressed[0])}, {_counted('seed', seeds)}.")
+    said.append(
+        "`ratio` is the share of the layers' bytes that was asked to be removed; sizes are stored bytes; KL (nats) and top-1 "
+        "agreement are against dense; the output error is the layers' mean, relative, on the calibration text; fitting is the "
+        "method's own time."
     )
     if len(seeds) > 1:
-        said += (
-            f" Figures are means over the calibration seeds {', '.join(map(str, seeds))}, ± half of the way from the least to "
-            "the greatest."
-        )
-    return said
+        said.append("Figures are means over the seeds, ± half of the way from the least to the greatest.")
+    return " ".join(said)
+
+
+def _calibration(row: Row) -> str:
+    calibration = row.made_from["recipe"]["calibration"]
+    sequences = calibration["sequences"]
+    names = ", ".join(PurePath(name).name for name in calibration["text"])
+    return f"{sequences} x {row.run['calibration_tokens'] // sequences} tokens of {names}"
+
+
+def _counted(name: str, values: Sequence[int]) -> str:
+    return f"{name}{'s' if len(values) > 1 else ''} {', '.join(map(str, values))}"
 
 
 def markdown(rows: Sequence[Row], *, title: str, plot: str | None, command: str) -> str:
@@ -231,7 +248,8 @@ def _cell(rows: Sequence[Row], key: str, written: Callable[[float], str]) -> str
     found = _figure(rows, key)
     if found is None:
         return "inf" if key == "token_perplexity" and any(map(_infinite, rows)) else ""
-    return written(found.mean) if found.spread is None else f"{written(found.mean)} ± {written(found.spread)}"
+    spread = written(found.spread or 0.0)
+    return written(found.mean) if spread == written(0.0) else f"{written(found.mean)} ± {spread}"
 
 
 def _figure(rows: Sequence[Row], key: str) -> Figure | None:

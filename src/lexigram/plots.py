@@ -22,6 +22,8 @@ _SIZE = (9.0, 5.5)  # inches
 _DOTS = 150  # an inch, in the PNG
 _MARKERS = "osD^vPX"
 _COLOURS = 10  # in matplotlib's own cycle, which begins again after them
+_GREY, _LETTERS = "0.35", 9
+_FARTHEST = 1000  # over the least perplexity; what is beyond is broken, and would press the rest into one line
 _NARROW = 4  # greatest over least perplexity below which steps of 1, 2, 5 leave too few numbers on the axis
 _PLACES = ((7, 4), (7, -11), (-7, 4), (-7, -11), (0, 8), (0, -16), (7, 14), (-7, 14), (7, -21), (-7, -21))
 """Where a label may stand beside its point, in points; what is left of it ends there. The first free one is taken."""
@@ -89,85 +91,109 @@ def _drawing(rows: Sequence[Row], title: str) -> Drawing:
 
     found = curves(rows)
     dense = next((row.token_perplexity for row in rows if row.recipe == DENSE), None)
+    values = [point.perplexity.mean for points in found.values() for point in points]
+    values += [] if dense is None else [dense]
+    ceiling = _FARTHEST * min(values, default=1.0)
+
     drawing = Drawing(figsize=_SIZE, layout="constrained")
     axes = drawing.add_subplot()
     axes.set_title(title)
     axes.set_xlabel("stored bits a weight of the compressed layers")
-    axes.set_ylabel("token perplexity (log scale)")
+    axes.set_ylabel(f"token perplexity (log scale{', ▲ beyond it' if max(values, default=0.0) > ceiling else ''})")
     axes.set_yscale("log")
     axes.grid(visible=True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     for number, (name, points) in enumerate(found.items()):
-        spreads = [point.perplexity.spread or 0.0 for point in points]
-        axes.errorbar(
-            [point.bits.mean for point in points],
-            [point.perplexity.mean for point in points],
-            yerr=spreads if any(spreads) else None,
-            color=f"C{number % _COLOURS}",
-            marker=_MARKERS[number // _COLOURS % len(_MARKERS)],
-            markersize=6,
-            capsize=3,
-            label=name,
-        )
+        _curve(axes, name, points, ceiling, number)
     if dense is not None:
-        axes.axhline(dense, color="0.35", linestyle="--", linewidth=1, zorder=1)
+        _dense_line(axes, dense)
     axes.margins(x=0.12, y=0.1)
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     several = any(len(points) > 1 for points in found.values())
     if several:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, title="at ratio")
-    _number_perplexities(axes, [dense, *(point.perplexity.mean for points in found.values() for point in points)])
-    _label(drawing, axes, found, dense, names=not several)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, title="recipe, at ratio")
+    _number_perplexities(axes, [min(value, ceiling) for value in values])
+    _label(drawing, axes, found, ceiling, names=not several)
     return drawing
 
 
-def _number_perplexities(axes: Axes, values: Sequence[float | None]) -> None:
+def _curve(axes: Axes, name: str, points: Sequence[Point], ceiling: float, number: int) -> None:
+    """The line of one recipe; what lies above `ceiling` is a triangle on it."""
+    colour = f"C{number % _COLOURS}"
+    spreads = [point.perplexity.spread or 0.0 if point.perplexity.mean <= ceiling else 0.0 for point in points]
+    axes.errorbar(
+        [point.bits.mean for point in points],
+        [min(point.perplexity.mean, ceiling) for point in points],
+        yerr=spreads if any(spreads) else None,
+        color=colour,
+        marker=_MARKERS[number // _COLOURS % len(_MARKERS)],
+        markersize=6,
+        capsize=3,
+        label=name,
+    )
+    beyond = [point.bits.mean for point in points if point.perplexity.mean > ceiling]
+    axes.plot(beyond, [ceiling] * len(beyond), color=colour, marker="^", markersize=11, linestyle="")
+
+
+def _dense_line(axes: Axes, dense: float) -> None:
+    axes.axhline(dense, color=_GREY, linestyle="--", linewidth=1, zorder=1)
+    axes.annotate(
+        f"dense {dense:.4g}",
+        (1, dense),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=_LETTERS,
+        color=_GREY,
+    )
+
+
+def _number_perplexities(axes: Axes, values: Sequence[float]) -> None:
     """Plain numbers on the axis, enough of them also where all perplexities are near to each other."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    present = [value for value in values if value is not None]
-    narrow = not present or max(present) < _NARROW * min(present)
+    narrow = not values or max(values) < _NARROW * min(values)
     axes.yaxis.set_major_locator(MaxNLocator(7) if narrow else LogLocator(subs=(1, 2, 5), numticks=12))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.10g}"))
 
 
-def _label(drawing: Drawing, axes: Axes, found: dict[str, list[Point]], dense: float | None, *, names: bool) -> None:
-    """A word beside every point: its recipe's name, or its ratio where lines have several; none over another."""
+def _label(drawing: Drawing, axes: Axes, found: dict[str, list[Point]], ceiling: float, *, names: bool) -> None:
+    """A word beside every point: its recipe's name, or its ratio where lines have several; none over another.
+
+    Beside a triangle stands its perplexity, too.
+    """
     from matplotlib.transforms import Bbox
 
     drawing.draw_without_rendering()
     drawing.set_layout_engine("none")  # places are known now, and labels must not move them
+    places = {
+        point: (point.bits.mean, min(point.perplexity.mean, ceiling)) for points in found.values() for point in points
+    }
     taken: list[Bbox] = []
-    for points in found.values():
-        for point in points:
-            x, y = axes.transData.transform((point.bits.mean, point.perplexity.mean))
-            taken.append(Bbox.from_bounds(x - 5, y - 5, 10, 10))
-    if dense is not None:
-        said = axes.annotate(
-            f"dense {dense:.4g}",
-            (0, dense),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=9,
-            color="0.35",
-        )
-        taken.append(said.get_window_extent())
+    for place in places.values():
+        x, y = axes.transData.transform(place)
+        taken.append(Bbox.from_bounds(x - 5, y - 5, 10, 10))
     for number, (name, points) in enumerate(found.items()):
         for point in points:
-            text = name if names else f"{point.ratio:g}" if point.ratio is not None else name
-            taken.append(_placed(axes, text, point, f"C{number % _COLOURS}", taken))
+            text = name if names or point.ratio is None else f"{point.ratio:g}"
+            text += f" ({point.perplexity.mean:.0e})" if point.perplexity.mean > ceiling else ""
+            taken.append(_placed(axes, text, places[point], f"C{number % _COLOURS}", taken))
 
 
-def _placed(axes: Axes, text: str, point: Point, colour: str, taken: Sequence[Bbox]) -> Bbox:
+def _placed(axes: Axes, text: str, point: tuple[float, float], colour: str, taken: Sequence[Bbox]) -> Bbox:
     """Write `text` beside its point, where it stands on nothing that is taken and inside of the axes; where it stands."""
+    from matplotlib.patheffects import withStroke
+
     said = axes.annotate(
         text,
-        (point.bits.mean, point.perplexity.mean),
+        point,
         xytext=_PLACES[0],
         textcoords="offset points",
-        fontsize=9,
+        fontsize=_LETTERS,
         color=colour,
+        path_effects=[withStroke(linewidth=3, foreground="white")],  # lines pass below
     )
     for place in (*_PLACES, _PLACES[0]):  # where nothing is free the first is as good as any
         said.set_position(place)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lexigram import comparison
-from lexigram.comparing import ComparisonPlan, Job
+from lexigram.comparison_planning import ComparisonPlan, Job
 from lexigram.factors import DenseSpec, FactorSpec, Leaf, ProductSpec, SharedSpec, SparseSpec, SumSpec, factor_spec
 from lexigram.planning import Plan
 from lexigram.records import LayerRecord, RunRecord
@@ -160,7 +160,7 @@ def _evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 def comparison_plan_table(plan: ComparisonPlan) -> Table:
     """What a comparison will do: one line a row, with the bits that its recipe comes to where they are known before."""
-    table = Table(title=f"{escape(plan.model)}: rows to compare")
+    table = Table(title="rows to compare")
     for column in ("row", "method", "ratio", "bits a weight", ""):
         table.add_column(column, justify="right" if column in ("ratio", "bits a weight") else "left")
     table.add_row(comparison.DENSE, "", "", "", "there already" if plan.dense else "to evaluate")
@@ -189,7 +189,8 @@ def comparison_table(table: comparison.Table) -> Table:
     """The same table for the terminal."""
     drawn = Table(title="comparison")
     for head in table.header:
-        drawn.add_column(head, justify="left" if head == "recipe" else "right")
+        longest = max(map(len, head.split()))  # a head is broken between words, not in them
+        drawn.add_column(head, justify="left" if head == "recipe" else "right", min_width=longest)
     for cells in table.cells:
         drawn.add_row(*map(escape, cells))
     return drawn

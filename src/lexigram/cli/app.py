@@ -7,8 +7,9 @@ from typing import Annotated
 import transformers
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
-from lexigram.cli import compress, evaluate, export, generate, show
+from lexigram.cli import compare, compress, evaluate, export, generate, show
 from lexigram.cli.screen import errors, say
 from lexigram.errors import LexigramError
 from lexigram.records import versions
@@ -40,12 +41,16 @@ def _options(
     """Make language models smaller after training, without retraining."""
 
 
-def _add(name: str, command: Callable[..., None], examples: tuple[str, ...]) -> None:
-    app.command(name, epilog="**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in examples))(command)
+def _add(
+    name: str, command: Callable[..., None], examples: tuple[str, ...], cls: type[TyperCommand] = TyperCommand
+) -> None:
+    epilog = "**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in examples)
+    app.command(name, cls=cls, epilog=epilog)(command)
 
 
 _add("compress", compress.compress, compress.EXAMPLES)
 _add("eval", evaluate.eval_, evaluate.EXAMPLES)
+_add("compare", compare.compare, compare.EXAMPLES, compare.TakesSeveral)
 _add("report", show.report_, show.REPORT_EXAMPLES)
 _add("inspect", show.inspect, show.INSPECT_EXAMPLES)
 _add("export", export.export, export.EXAMPLES)

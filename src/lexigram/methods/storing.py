@@ -142,8 +142,8 @@ def _stepped(
     """Values on the support of `wanted` that a grid with other scales than `grid` can store, and that grid."""
     assert grid.scale is not None
     assert grid.zero is not None
-    firsts = (part.reshape(-1)[:: codec.group] for part in (grid.scale, grid.zero))
-    steps = Steps(*firsts, levels=(1 << codec.bits) - 1, group=codec.group)
+    scale, zero = (part.reshape(-1)[:: codec.group] for part in (grid.scale, grid.zero))
+    steps = Steps(scale, zero, (1 << codec.bits) - 1, codec.group)
     found = to_steps(weight, gram, wanted.support, wanted.values, steps, rounds=sweeps, damping=damping)
     scale = found.scale.bfloat16().repeat_interleave(codec.group)[: grid.scale.numel()]
     return found.values, Grid(scale.view(grid.scale.shape), grid.zero)

@@ -1,0 +1,697 @@
+"""`compare`: its figures are those of the other commands, what is done stays done, and errors come before the work."""
+
+import json
+import shutil
+import struct
+import sys
+import xml.etree.ElementTree as ElementTree
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from huggingface_hub import constants as hub
+
+import lexigram
+from conftest import toy_folder
+from lexigram import LexigramError, Recipe, cli, comparing, comparison_planning, pipeline, plots
+from lexigram.cli.compare import repeated
+from lexigram.comparison import DENSE, Row, difference, figure, markdown, table
+from lexigram.comparison import lines as lines_of
+from lexigram.recipe import Calibration
+
+SVD, BITS = (f"method: {method}\ninclude: q_proj\n" for method in ("{name: svd}", "{name: svd, value_bits: 8}"))
+BITS += "ratio: 0.4\n"
+
+
+class Said(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a failed command says."""
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+
+class Place(NamedTuple):
+    """A toy, recipes for it, and the command that compares them."""
+
+    folder: Path
+    toy: Path
+    words: Path
+    run: Callable[..., Said]
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    def recipe(self, name: str, content: str) -> Path:
+        """A file below the folder."""
+        file = self.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+        return file
+
+    def compare(self, *recipes: Path, **changes: object) -> Said:
+        """The command with tiny calibration and evaluation; a change of None leaves an option out, True makes it a flag."""
+        options: dict[str, object] = {
+            "calibration": self.words,
+            "sequences": 8,
+            "length": 64,
+            "text": self.words,
+            "context": 64,
+            "windows": 2,
+            "out": self.out,
+            "device": "cpu",
+            **changes,
+        }
+        args: list[object] = []
+        for name, value in options.items():
+            if value is not None and value is not False:
+                values = () if value is True else value if isinstance(value, (list, tuple)) else (value,)
+                args += [f"--{name.replace('_', '-')}", *values]
+        return self.run("compare", self.toy, "--recipes", *recipes, *args)
+
+    def row(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.out / "rows" / f"{name}.json").read_text()))
+
+    def table(self) -> dict[str, Any]:
+        return dict(json.loads((self.out / "table.json").read_text()))
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: Path, tmp_path: Path) -> Place:
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*args: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["lexigram", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return Said(stop.value.code or 0, *capsys.readouterr())  # type: ignore[arg-type]
+
+    return Place(tmp_path, toy_folder(tmp_path / "toy", "llama"), words, run)
+
+
+@pytest.fixture
+def plotted() -> None:
+    """Asked for by tests of the plot, which takes as long as everything else."""
+    pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def _plotless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "plotted" not in request.fixturenames:
+        monkeypatch.setattr(comparison_planning, "missing", lambda: "no plot in this test")
+
+
+@pytest.fixture
+def compressed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the models that are compressed from now on."""
+    names: list[str] = []
+    real = comparing.compress
+
+    def counted(recipe: Recipe, out: Path, **options: Any) -> Any:
+        names.append(Path(out).name)
+        return real(recipe, out, **options)
+
+    monkeypatch.setattr(comparing, "compress", counted)
+    return names
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, hidden ones too."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def markdown_cells(text: str) -> list[dict[str, str]]:
+    """The rows of a Markdown file's only table, by its heads."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_figures_are_those_of_compress_and_eval(place: Place) -> None:
+    svd, bits = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    ended = place.compare(svd, bits, ratio=[0.4, 0.5])
+    assert ended.code == 0, ended.err
+    names = ["dense", "low-0.4", "low-0.5", "bits-0.4", "bits-0.5"]
+    found = place.table()
+    assert [row["label"] for row in found["rows"]] == names
+    assert sorted(file.stem for file in (place.out / "rows").iterdir()) == sorted(names)
+
+    recipe = place.recipe("again.yaml", SVD)
+    calibrate = ("--calibration", place.words, "--sequences", 8, "--length", 64, "--device", "cpu")
+    alone, figures = place.folder / "alone", place.folder / "figures.json"
+    done = place.run("compress", place.toy, "--recipe", recipe, "--ratio", 0.5, "--out", alone, *calibrate)
+    assert done.code == 0, done.err
+    evaluate = ("--text", place.words, "--context", 64, "--windows", 2, "--json", figures)
+    assert place.run("eval", alone, "--reference", place.toy, *evaluate).code == 0
+    run, measured = json.loads((alone / "run.json").read_text()), json.loads(figures.read_text())
+    row = place.row("low-0.5")
+    for key in (
+        "token_perplexity",
+        "word_perplexity",
+        "kl",
+        "top1_agreement",
+        "tokens",
+        "model_bytes",
+        "standard_error",
+    ):
+        assert row[key] == measured[key], key
+    for key in ("bits_per_weight", "bytes_before", "bytes_after", "mean_relative_error"):
+        assert row[key] == run[key], key
+    for key in ("calibration_sha256", "weights_sha256", "requested_ratio", "ratio"):
+        assert row["run"][key] == run[key], key
+    assert (row["recipe"], row["requested_ratio"]) == ("low", 0.5)
+
+    assert place.run("eval", place.toy, *evaluate).code == 0
+    measured, dense = json.loads(figures.read_text()), place.row("dense")
+    assert dense["token_perplexity"] == measured["token_perplexity"]
+    assert dense["model_bytes"] == measured["model_bytes"]
+    assert (dense["kl"], dense["bits_per_weight"]) == (None, 32)  # the toy is float32
+
+    shown = markdown_cells((place.out / "table.md").read_text())
+    assert [(line["recipe"], line["ratio"]) for line in shown] == [
+        ("dense", ""),
+        ("low", "0.4"),
+        ("low", "0.5"),
+        ("bits", "0.4"),
+        ("bits", "0.5"),
+    ]
+    assert shown[2]["token perplexity"] == f"{row['token_perplexity']:.2f}"
+    assert shown[2]["bits a weight"] == f"{run['bits_per_weight']:.2f}"
+    assert shown[2]["layers, MB"] == f"{run['bytes_after'] / 1e6:.2f}"
+    assert shown[2]["KL"] == f"{row['kl']:.4f}"
+    assert shown[0]["layers, MB"] == f"{2 * run['bytes_before'] / 1e6:.2f}"
+    assert shown[2]["token perplexity"] in ended.out
+    assert found["table"][2]["token_perplexity"] == {"mean": row["token_perplexity"], "spread": None}
+    assert found["recipes"]["low-0.5"] == run["recipe"]
+    assert found["command"].startswith("lexigram compare ")
+    assert found["versions"]["lexigram"] == lexigram.__version__
+    assert place.run("report", place.out / "rows" / "dense.json", place.out / "rows" / "low-0.5.json").code == 0
+
+
+def test_a_recipe_keeps_its_ratio_where_none_is_given(place: Place) -> None:
+    ended = place.compare(place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS))
+    assert ended.code == 0
+    rows = place.table()["rows"]
+    assert [(row["label"], row["requested_ratio"]) for row in rows] == [("dense", None), ("low", 0.2), ("bits", 0.4)]
+
+
+def test_seeds_give_means_and_spreads(place: Place) -> None:
+    ended = place.compare(place.recipe("low.yaml", "method: {name: svd}"), ratio=[0.5], seeds=[0, 1])
+    assert ended.code == 0, ended.err
+    first, second = (place.row(f"low-0.5-seed{seed}") for seed in (0, 1))
+    assert first["run"]["calibration_sha256"] != second["run"]["calibration_sha256"]
+    values = [row["token_perplexity"] for row in (first, second)]
+    [_, line] = place.table()["table"]
+    assert line["token_perplexity"] == {"mean": sum(values) / 2, "spread": (max(values) - min(values)) / 2}
+    assert line["calibration_seeds"] == [0, 1]
+    text = (place.out / "table.md").read_text()
+    [_, shown] = markdown_cells(text)
+    assert " ± " in shown["token perplexity"]
+    assert " ± " not in shown["layers, MB"]
+    assert "seeds 0, 1" in text
+
+
+def test_grams_are_made_once_for_all_rows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = pipeline.plain_grams
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(pipeline, "plain_grams", counted)
+    assert place.compare(place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS), ratio=[0.4, 0.5]).code == 0
+    assert len(calls) == 1
+    assert len(list((place.out / "cache").iterdir())) == 1
+    hashes = {row["run"]["calibration_sha256"] for row in place.table()["rows"] if row["recipe"] != DENSE}
+    assert len(hashes) == 1
+
+
+def test_a_calibration_from_the_model_is_sampled_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    for module in (comparing, pipeline):
+        real = module.sample_sequences
+
+        def counted(*args: Any, real: Any = real, **options: Any) -> Any:
+            calls.append(1)
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, "sample_sequences", counted)
+    assert place.compare(place.recipe("low.yaml", SVD), ratio=[0.4, 0.5], calibration="self").code == 0
+    assert len(calls) == 1
+    assert len(list((place.out / "cache").iterdir())) == 1
+
+
+def test_the_library_does_the_same(place: Place) -> None:
+    assert place.compare(place.recipe("low.yaml", SVD), ratio=[0.5]).code == 0
+    calibration = Calibration(text=(str(place.words),), sequences=8, length=64)
+    recipe = Recipe(
+        model=str(place.toy), method=lexigram.SvdConfig(), calibration=calibration, device="cpu", include=("q_proj",)
+    )
+    found = lexigram.compare(
+        {"low": recipe}, place.folder / "library", [str(place.words)], ratios=[0.5], context=64, windows=2
+    )
+    assert found.failed == []
+    assert [row.label for row in found.rows] == ["dense", "low-0.5"]
+    assert found.rows[1].token_perplexity == place.row("low-0.5")["token_perplexity"]
+    assert all(file.is_file() for file in found.files)
+
+
+# ----------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_only_what_is_not_there_is_made(place: Place, compressed: list[str]) -> None:
+    files = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    assert place.compare(*files, ratio=[0.4, 0.5], drop_models=True).code == 0
+    assert compressed == ["low-0.4", "low-0.5", "bits-0.4", "bits-0.5"]
+    assert list((place.out / "models").iterdir()) == []
+    before, text = contents(place.out / "rows"), (place.out / "table.md").read_text()
+
+    compressed.clear()
+    (place.out / "rows" / "low-0.5.json").unlink()
+    ended = place.compare(*files, ratio=[0.4, 0.5])
+    assert ended.code == 0
+    assert compressed == ["low-0.5"]
+    after = contents(place.out / "rows")
+    assert {name for name in after if after[name] != before[name]} <= {str(place.out / "rows" / "low-0.5.json")}
+    told = "token perplexity", "KL", "bits a weight"
+    again = (place.out / "table.md").read_text()
+    assert [[line[key] for key in told] for line in markdown_cells(again)] == [
+        [line[key] for key in told] for line in markdown_cells(text)
+    ]
+
+
+def test_a_killed_comparison_goes_on_at_its_next_row(
+    place: Place, compressed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    real = pipeline.stored_bytes
+
+    def killed(folder: Path) -> dict[str, int]:
+        if len(compressed) > 1:
+            raise RuntimeError("killed")
+        return real(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "stored_bytes", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            cli.app(_arguments(place, *files), standalone_mode=False)
+    assert sorted(file.name for file in (place.out / "rows").iterdir()) == ["dense.json", "low.json"]
+    assert [folder.name for folder in (place.out / "models").iterdir()] == ["low"]
+    assert not (place.out / "table.md").exists()
+    before = contents(place.out / "rows")
+
+    compressed.clear()
+    assert place.compare(*files).code == 0
+    assert compressed == ["bits"]
+    after = contents(place.out / "rows")
+    assert {name: after[name] for name in before} == before
+    assert len(place.table()["rows"]) == 3
+
+
+def _arguments(place: Place, *files: Path) -> list[str]:
+    """Those of `Place.compare`, for a run whose exception is to come out."""
+    told = [place.toy, "--recipes", *files, "--calibration", place.words, "--sequences", 8, "--length", 64]
+    told += ["--text", place.words, "--context", 64, "--windows", 2, "--out", place.out, "--device", "cpu"]
+    return ["compare", *map(str, told)]
+
+
+def test_a_model_without_a_row_is_only_evaluated(place: Place, compressed: list[str]) -> None:
+    files = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    assert place.compare(*files).code == 0
+    before = place.row("low")
+    (place.out / "rows" / "low.json").unlink()
+    compressed.clear()
+    ended = place.compare(*files)
+    assert ended.code == 0
+    assert "to evaluate" in ended.out
+    assert compressed == []
+    assert {**place.row("low"), "seconds": 0} == {**before, "seconds": 0}
+
+
+CHANGES: dict[str, tuple[str, dict[str, object], str, bool]] = {
+    "method": (SVD.replace("svd", "svd, value_bits: 8"), {}, "recipe.method.value_bits was 16 and is 8", True),
+    "ratio": (f"{SVD}ratio: 0.3\n", {}, "recipe.ratio was 0.2 and is 0.3", True),
+    "windows": (SVD, {"windows": 3}, "windows was 2 and is 3", False),
+    "text": (SVD, {"text": "demo"}, "text_sha256 was '", False),
+    "calibration": (SVD, {"sequences": 7}, "recipe.calibration.sequences was 8 and is 7", True),
+}
+"""What changes, what is said, and whether it makes another model."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_row_of_other_origin_is_refused_or_replaced(change: str, place: Place, compressed: list[str]) -> None:
+    content, options, says, another = CHANGES[change]
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low).code == 0
+    before = contents(place.out)
+    place.recipe("low.yaml", content)
+    compressed.clear()
+    ended = place.compare(low, **options)
+    assert ended.code == 1
+    assert f"was made from something else: {says}" in ended.error
+    assert "--overwrite" in ended.error
+    assert (compressed, contents(place.out)) == ([], before)
+
+    assert place.compare(low, overwrite=True, **options).code == 0
+    assert compressed == (["low"] if another else [])
+    assert contents(place.out / "rows") != before
+    assert place.compare(low, **options).code == 0  # and is there now
+
+
+def test_a_changed_recipe_leaves_the_rows_of_the_others(place: Place, compressed: list[str]) -> None:
+    low, bits = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    assert place.compare(low, bits).code == 0
+    place.recipe("low.yaml", f"{SVD}ratio: 0.3\n")
+    compressed.clear()
+    assert place.compare(low, bits, overwrite=True).code == 0
+    assert compressed == ["low"]
+
+
+def test_a_change_in_the_calibration_text_is_refused(place: Place) -> None:
+    text = place.recipe("text.txt", place.words.read_text())
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low, calibration=text).code == 0
+    text.write_text(text.read_text()[::-1].replace("w", " w"))
+    assert "calibration_sha256 was" in place.compare(low, calibration=text).error
+
+
+def test_a_damaged_row_is_told_and_replaced_on_request(place: Place) -> None:
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low).code == 0
+    (place.out / "rows" / "low.json").write_text("{")
+    assert "low.json is damaged" in place.compare(low).error
+    (place.out / "rows" / "low.json").write_text("[]")
+    assert place.compare(low, overwrite=True).code == 0
+    assert place.row("low")["label"] == "low"
+
+
+# --------------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_budget_that_is_too_small_is_a_row(place: Place) -> None:
+    low, bits = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    ended = place.compare(low, bits, ratio=[0.5, 0.99])
+    assert ended.code == 1
+    assert "low-0.99 cannot be made: " in ended.out
+    assert ended.out.index("low-0.99 cannot be made") < ended.out.index("low-0.5: ")
+    rows = {row["label"]: row for row in place.table()["rows"]}
+    assert rows["low-0.5"]["error"] is None
+    assert "at ratio 0.99" in rows["low-0.99"]["error"]
+    text = (place.out / "table.md").read_text()
+    assert [line["token perplexity"] for line in markdown_cells(text) if line["ratio"] == "0.99"] == ["failed"] * 2
+    assert f"- low-0.99 failed: {rows['low-0.99']['error']}" in text
+    assert not (place.out / "rows" / "low-0.99.json").exists()
+
+
+def test_a_recipe_that_fails_at_work_does_not_end_the_others(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = comparing.compress
+
+    def failing(recipe: Recipe, out: Path, **options: Any) -> Any:
+        if Path(out).name == "low":
+            raise LexigramError("the fit came to nothing")
+        return real(recipe, out, **options)
+
+    files = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "compress", failing)
+        ended = place.compare(*files)
+    assert ended.code == 1
+    assert "low failed: the fit came to nothing" in ended.out
+    rows = {row["label"]: row for row in place.table()["rows"]}
+    assert rows["bits"]["error"] is None
+    assert rows["low"]["error"] == "the fit came to nothing"
+    assert place.compare(*files).code == 0  # what failed is tried again
+    assert place.table()["rows"][1]["error"] is None
+
+
+BAD: dict[str, tuple[Callable[[Place], Said], str]] = {
+    "unknown key": (
+        lambda at: at.compare(at.recipe("a.yaml", "ratioo: 1")),
+        "a.yaml: unknown key 'ratioo'; did you mean",
+    ),
+    "unknown method": (lambda at: at.compare(at.recipe("a.yaml", "method: {name: x}")), "a.yaml: unknown method 'x'"),
+    "no mapping": (lambda at: at.compare(at.recipe("a.yaml", "- a")), "holds no mapping"),
+    "missing file": (lambda at: at.compare(at.folder / "no.yaml"), "no.yaml cannot be read: No such file"),
+    "one stem twice": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), at.recipe("more/a.yml", BITS)),
+        "more/a.yml would both be the row 'a'; rename",
+    ),
+    "a recipe named dense": (lambda at: at.compare(at.recipe("dense.yaml", SVD)), "'dense' is the row of"),
+    "ratio out of range": (lambda at: at.compare(at.recipe("a.yaml", SVD), ratio=[2]), "a: ratio is 2.0; it should be"),
+    "no recipe can be made": (lambda at: at.compare(at.recipe("a.yaml", SVD), ratio=[0.99, 0.999]), "at ratio 0.99"),
+    "missing text": (lambda at: at.compare(at.recipe("a.yaml", SVD), text="/no.txt"), "there is no file /no.txt"),
+    "missing calibration": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), calibration="/no.txt"),
+        "there is no file /no.txt",
+    ),
+    "context too long": (lambda at: at.compare(at.recipe("a.yaml", SVD), context=129), "more than the 128 positions"),
+    "no windows": (lambda at: at.compare(at.recipe("a.yaml", SVD), windows=0), "windows 0 leaves nothing to score"),
+    "two calibrations": (
+        lambda at: at.compare(
+            at.recipe("a.yaml", SVD), at.recipe("b.yaml", f"{SVD}calibration: {{seed: 3}}"), calibration="demo"
+        ),
+        "a and b differ in calibration.seed: 0 and 3; all rows share",
+    ),
+    "out is a file": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), out=at.recipe("file", "x")),
+        "file exists and is not a folder",
+    ),
+    "out holds something else": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), out=at.recipe("other/x.txt", "x").parent),
+        "other is not empty and holds no comparison",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_before_any_work(case: str, place: Place, compressed: list[str]) -> None:
+    run, says = BAD[case]
+    ended = run(place)
+    assert ended.code == 1
+    assert says in ended.error, ended.error
+    assert compressed == []
+    assert not place.out.exists()
+
+
+@pytest.mark.parametrize("missing", ["--recipes", "--text", "--out"])
+def test_what_must_be_given(missing: str, place: Place) -> None:
+    options = {"--recipes": "a.yaml", "--text": "demo", "--out": "x"}
+    del options[missing]
+    ended = place.run("compare", place.toy, *(part for pair in options.items() for part in pair))
+    assert ended.code == 2
+    assert f"'{missing}'" in ended.err
+
+
+def test_no_recipes_in_the_library(tmp_path: Path) -> None:
+    with pytest.raises(LexigramError, match="there are no recipes to compare"):
+        lexigram.compare({}, tmp_path / "out", ["demo"])
+
+
+def test_a_dry_run_writes_nothing(place: Place) -> None:
+    ended = place.compare(place.recipe("low.yaml", SVD), ratio=[0.4, 0.5], dry_run=True)
+    assert ended.code == 0
+    assert "low-0.5" in ended.out
+    assert not place.out.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------- plot
+
+
+def png_is_whole(content: bytes) -> bool:
+    """Whether the chunks of a PNG follow each other to the last one, each with the right checksum."""
+    at, kinds = 8, []
+    while at < len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        kind, checked = content[at + 4 : at + 8], content[at + 4 : at + 8 + length]
+        kinds.append(kind)
+        assert struct.unpack(">I", content[at + 8 + length : at + 12 + length]) == (zlib.crc32(checked),)
+        at += 12 + length
+    return content[:8] == b"\x89PNG\r\n\x1a\n" and kinds[0] == b"IHDR" and kinds[-1] == b"IEND"
+
+
+def test_the_plot_is_there_in_both_formats(place: Place, plotted: None) -> None:
+    assert place.compare(place.recipe("low.yaml", SVD), ratio=[0.4, 0.5]).code == 0
+    assert png_is_whole((place.out / "plot.png").read_bytes())
+    assert ElementTree.parse(place.out / "plot.svg").getroot().tag.endswith("}svg")
+    assert "](plot.svg)" in (place.out / "table.md").read_text()
+    before = (place.out / "plot.svg").read_bytes()
+    assert place.compare(place.recipe("low.yaml", SVD), ratio=[0.4, 0.5]).code == 0
+    assert (place.out / "plot.svg").read_bytes() == before
+
+
+def test_without_matplotlib_the_plan_says_so_and_the_table_is_there(
+    place: Place, plotted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low).code == 0
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # any import of it fails
+    dry = place.compare(low, dry_run=True)
+    assert "matplotlib is not installed; run: pip install 'lexigram[plot]'" in dry.out
+    ended = place.compare(low)
+    assert ended.code == 0
+    assert ended.out.index("the plot is left out") < ended.out.index("written: ")
+    assert (place.out / "table.md").is_file()
+    assert not list(place.out.glob("plot.*"))  # an earlier plot would belong to another table
+    assert "plot.svg" not in (place.out / "table.md").read_text()
+
+
+def row(recipe: str, ratio: float | None = None, seed: int = 0, **figures: Any) -> Row:
+    return Row(label=f"{recipe}-{ratio}-{seed}", recipe=recipe, requested_ratio=ratio, calibration_seed=seed, **figures)
+
+
+def rows_to_draw() -> list[Row]:
+    return [
+        row(DENSE, token_perplexity=10.0, bits_per_weight=16.0),
+        *(
+            row(name, ratio, seed, token_perplexity=base / (1 - ratio) + seed, bits_per_weight=16 * (1 - ratio))
+            for name, base in (("one", 11.0), ("two", 12.0))
+            for ratio in (0.2, 0.6)
+            for seed in (0, 1)
+        ),
+        row("broken", 0.2, error="it failed"),
+        row("endless", 0.2, token_perplexity=None, bits_per_weight=3.0),
+    ]
+
+
+def test_what_is_drawn_is_what_was_measured() -> None:
+    found = plots.curves(rows_to_draw())
+    assert list(found) == ["one", "two"]
+    first, second = found["one"]
+    assert (first.ratio, second.ratio) == (0.2, 0.6)
+    assert first.bits.mean == pytest.approx(12.8)
+    assert first.perplexity.mean == pytest.approx(11 / 0.8 + 0.5)
+    assert first.perplexity.spread == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_labels_stand_on_no_other_and_the_axis_is_logarithmic(single: bool, plotted: None) -> None:
+    from matplotlib.text import Annotation
+
+    rows = [each for each in rows_to_draw() if not single or each.requested_ratio != 0.6]
+    drawing = plots._drawing(rows, "title")
+    [axes] = drawing.axes
+    assert axes.get_yscale() == "log"
+    boxes = [child.get_window_extent() for child in axes.get_children() if isinstance(child, Annotation)]
+    said = [child.get_text() for child in axes.get_children() if isinstance(child, Annotation)]
+    assert said == ["dense 10", "one", "two"] if single else ["dense 10", "0.2", "0.6", "0.2", "0.6"]
+    assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[:index])
+    assert (axes.get_legend() is None) == single
+
+
+def test_a_broken_model_does_not_press_the_others_into_one_line(plotted: None) -> None:
+    from matplotlib.text import Annotation
+
+    rows = [*rows_to_draw(), row("one", 0.9, token_perplexity=3e12, bits_per_weight=1.6)]
+    [axes] = plots._drawing(rows, "title").axes
+    assert axes.get_ylim()[1] < 1e5
+    assert "0.9 (3e+12)" in [child.get_text() for child in axes.get_children() if isinstance(child, Annotation)]
+
+
+@pytest.mark.parametrize("rows", [[], [row(DENSE, token_perplexity=10.0)], [row("one", 0.2, error="it failed")]])
+def test_a_plot_of_nothing_is_still_a_plot(rows: list[Row], plotted: None, tmp_path: Path) -> None:
+    plots.draw(rows, "nothing", [tmp_path / "plot.png"])
+    assert png_is_whole((tmp_path / "plot.png").read_bytes())
+
+
+# ------------------------------------------------------------------------------------------------------------ small parts
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("m --recipes a b --out x", "m --recipes a --recipes b --out x"),
+        ("m --recipes a --recipes b c", "m --recipes a --recipes b --recipes c"),
+        ("m -r 1 2 --windows 3 -r 4", "m -r 1 -r 2 --windows 3 -r 4"),
+        ("m --out x y", "m --out x y"),
+        ("--recipes=a b", "--recipes=a b"),
+        ("--recipes a -- m", "--recipes a -- m"),
+        ("", ""),
+    ],
+)
+def test_several_values_of_one_option(given: str, expected: str) -> None:
+    assert repeated(given.split(), {"--recipes", "-r"}) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ({"a": 1}, {"a": 1}, None),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, ("a.b", "[1, 2]", "[1, 3]")),
+        ({}, {"a": 1}, ("a", "None", "1")),
+        ({"a": 1}, {}, ("a", "1", "None")),
+        ({"a": {"b": 1}}, {"a": None}, ("a", "{'b': 1}", "None")),
+    ],
+)
+def test_the_first_difference_is_named(old: Mapping[str, Any], new: Mapping[str, Any], found: Any) -> None:
+    assert difference(dict(old), dict(new)) == found
+
+
+def test_means_and_spreads() -> None:
+    assert figure([]) is None
+    assert figure([1.0, None]) is None
+    assert figure([2.0]) == (2.0, None)
+    assert figure([1.0, 4.0, 2.5]) == (2.5, 1.5)
+
+
+def test_what_failed_or_is_infinite_stands_in_the_table_with_a_note() -> None:
+    header, cells, notes = table(rows_to_draw())
+    at = header.index("token perplexity")
+    assert {line[0]: line[at] for line in cells if line[0] in ("broken", "endless")} == {
+        "broken": "failed",
+        "endless": "inf",
+    }
+    assert notes == ["broken-0.2-0 failed: it failed", "endless-0.2-0: the perplexity is beyond a float"]
+
+
+def test_one_failed_seed_leaves_the_others_in_their_line() -> None:
+    rows = [row("a", 0.2, 0, token_perplexity=5.0), row("a", 0.2, 1, error="no")]
+    [line] = lines_of(rows)
+    assert len(line.measured) == 1
+    header, [cells], notes = table(rows)
+    assert cells[header.index("token perplexity")] == "5.00"
+    assert notes == ["a-0.2-1 failed: no"]
+
+
+def test_names_do_not_break_the_markdown_table() -> None:
+    text = markdown([row("a|b", 0.2, error="two\nlines")], title="t", plot=None, command="c")
+    assert "| a\\|b | 0.2 |" in text
+    assert "failed: two lines\n" in text
+
+
+def test_rows_are_watched_by_their_names(place: Place) -> None:
+    """And told when they are done, in their order."""
+    calibration = Calibration(text=(str(place.words),), sequences=8, length=64)
+    recipe = Recipe(
+        model=str(place.toy), method=lexigram.SvdConfig(), calibration=calibration, device="cpu", include=("q_proj",)
+    )
+    prepared = comparison_planning.plan_comparison(
+        {"low": recipe}, place.out, [str(place.words)], context=64, windows=2
+    )
+    seen: list[str] = []
+
+    @contextmanager
+    def watch(name: str) -> Iterator[Any]:
+        seen.append(name)
+        yield comparing.Silent()
+
+    comparing.run_comparison(prepared, watch=watch, tell=lambda done: seen.append(f"{done.label} done"))
+    assert seen == ["dense", "dense done", "low", "low done"]
+    shutil.rmtree(place.out)
