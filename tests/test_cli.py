@@ -93,17 +93,36 @@ def logits_of(model: Any) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------- from folder to folder
 
 
-@pytest.mark.parametrize("method", ["cospadi", "svd"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+QUICK: dict[str, tuple[object, ...]] = {
+    "lowrank-sparse": ("--allocation", "uniform", "--rank-share", 0.1, "--rounds", 5),
+    "cap": ("--iterations", 40, "--passes", 1, "--batch", 4),
+    "oats": ("--rounds", 10),
+}
+"""Options that save time; a method that is not here runs with its defaults."""
+
+OTHERS = sorted(METHODS.keys() - {"cospadi", "svd", "quantize"})
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, method) for name in ("llama", "qwen3", "gemma3", "gpt2") for method in ("cospadi", "svd")),
+        *((name, method) for name in ("llama", "gpt2") for method in OTHERS),
+    ],
+)
 def test_a_toy_goes_through_every_command(
     name: str, method: str, command: Command, words: Path, tmp_path: Path
 ) -> None:
     toy = toy_folder(tmp_path / "toy", name)
     small, dense, figures = tmp_path / "small", tmp_path / "dense", tmp_path / "figures.json"
     calibration = ("--calibration", words, "--sequences", 8, "--length", 64, "--dtype", "float32", "--device", "cpu")
-    done = command("compress", toy, "--out", small, "--method", method, "--ratio", 0.1, *calibration)
+    chosen = ("--method", method, *QUICK.get(method, ()))
+    done = command("compress", toy, "--out", small, *chosen, "--ratio", 0.1, *calibration)
     assert done.code == 0, done.err
     record = json.loads((small / "run.json").read_text())
+    stored = load_file(small / "lexigram.safetensors")
+    assert sum(tensor.nbytes for tensor in stored.values()) == record["model_bytes_after"]
+    assert record["bytes_after"] <= int(0.9 * record["bytes_before"])
     assert f"{record['bytes_after']:,}" in done.out
     assert record["command"].endswith("--device cpu")
 
@@ -362,6 +381,26 @@ BAD_COMPRESS = {
     "head is tied": Case(compress("--include", "lm_head"), "lm_head shares its weight with the input embedding"),
     "device unknown": Case(compress("--device", "banana"), "the device 'banana' cannot be used: .*; name another"),
     "device absent": Case(compress("--device", "cuda:77"), "the device 'cuda:77' cannot be used: .*; name another"),
+    "pattern bad": Case(
+        compress("-m", "wanda", "--pattern", "bad"),
+        r"method\.pattern is 'bad'; write any, rows, N:M such as 2:4, or RxC such as 16x16$",
+    ),
+    "pattern too wide": Case(
+        compress("-m", "magnitude", "--pattern", "1x7"),
+        r"q_proj \(64, 64\) at ratio 0\.2: 64 columns are not whole groups of 7; choose another pattern",
+    ),
+    "pattern too high for the knapsack": Case(
+        compress("-m", "magnitude", "--pattern", "5x1", "--allocation", "knapsack"),
+        r"q_proj \(64, 64\): 64 rows are not whole tiles of 5; choose another pattern",
+    ),
+    "ratio too large for 2:4": Case(
+        compress("-m", "sparsegpt", "--pattern", "2:4", "-r", 0.5),
+        r"q_proj .* at ratio 0\.5: a budget of 4096 bytes is too small: .* need 4608; lower the ratio",
+    ),
+    "knapsack for what chooses by itself": Case(
+        compress("-m", "cap", "--allocation", "knapsack"),
+        "the method cap chooses by itself; take the allocation global or uniform",
+    ),
     "dtype unknown": Case(compress("--dtype", "int8"), "dtype is 'int8'; it should be 'bfloat16'"),
 }
 

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lexigram import Calibration, CospadiConfig, LexigramError, QuantizeConfig, Recipe, SvdConfig
-from lexigram.methods import METHODS, PRESETS
+from lexigram.methods import (
+    METHODS,
+    PRESETS,
+    CapConfig,
+    LowRankSparseConfig,
+    MagnitudeConfig,
+    OatsConfig,
+    SparseGptConfig,
+    WandaConfig,
+)
 from lexigram.recipe import merge
 
 BITS = [2, 3, 4, 6, 8, 10, 12, 14, 16]
@@ -23,6 +32,18 @@ OTHERS = st.one_of(
         symmetric=st.booleans(),
         rounding=st.sampled_from(["gptq", "nearest"]),
     ),
+    st.builds(MagnitudeConfig, pattern=st.sampled_from(["any", "2:4", "16x16"]), refit=st.booleans()),
+    st.builds(WandaConfig, value_bits=st.sampled_from(BITS)),
+    st.builds(SparseGptConfig, columns=st.integers(1, 999), order=st.sampled_from(["activation", "natural"])),
+    st.builds(OatsConfig, rank_share=st.floats(0, 1), rounds=st.integers(1, 99)),
+    st.builds(LowRankSparseConfig, rank_share=st.floats(0, 1), value_bits=st.none() | st.sampled_from(BITS)),
+)
+CHOOSING = st.builds(
+    CapConfig,
+    value_bits=st.sampled_from(BITS),
+    sparse_weight=st.none() | st.floats(0.001, 1),
+    first=st.sampled_from(["uniform", "random", "sigmoid", "largest"]),
+    passes=st.integers(0, 3),
 )
 
 
@@ -66,6 +87,8 @@ FILES = st.sampled_from(["knapsack", "uniform", "a/allocation.json", "null", "1"
         recipes(method=LOW_RANK | FREE, share=st.sampled_from(["matched", "site"]), allocation=FILES),
         recipes(method=OTHERS | FREE, sequential=st.booleans(), correction=st.floats(0, 1)),
         recipes(method=LOW_RANK | FREE, share=st.just("site"), sequential=st.booleans()),
+        recipes(method=CHOOSING, allocation=st.sampled_from(["global", "uniform", "a/allocation.json"])),
+        recipes(method=CHOOSING, accounting=st.sampled_from(["bytes", "paper"])),
         recipes(
             method=LOW_RANK | dictionaries() | dictionaries(value_bits=st.just(14), dictionary_bits=st.just(16)),
             accounting=st.just("paper"),
@@ -219,6 +242,35 @@ def test_a_single_name_needs_no_list() -> None:
         ({"share": "matched", "sequential": True}, "sequential calibration needs a layer's factors before the next"),
         ({"accounting": "paper", "allocation": "knapsack"}, "the knapsack counts stored bytes; leave the accounting"),
         ({"share": "matched", "group": 3}, "share 'matched' takes no group; leave group out, or share consecutive"),
+        (
+            {"method": {"name": "wanda"}, "share": "site"},
+            "the method wanda shares nothing between matrices; leave share and group out",
+        ),
+        (
+            {"method": {"name": "cap"}, "allocation": "knapsack"},
+            "the method cap chooses by itself; take the allocation global or uniform",
+        ),
+        (
+            {"method": {"name": "cap"}, "sequential": True},
+            "the method cap chooses over the original model's layers together; leave sequential out",
+        ),
+        (
+            {"method": {"name": "svd"}, "allocation": "global"},
+            "the allocation global is not for svd; take uniform, knapsack or a file",
+        ),
+        (
+            {"method": {"name": "lowrank-sparse"}, "accounting": "paper"},
+            "the knapsack counts stored bytes; leave the accounting `paper` out, or take uniform",
+        ),
+        (
+            {"method": {"name": "wanda", "pattern": "bad"}},
+            "method.pattern is 'bad'; write any, rows, N:M such as 2:4, or RxC such as 16x16",
+        ),
+        (
+            {"method": {"name": "oats", "rank_share": 1.5}},
+            "method.rank_share is 1.5; it should be less than or equal to 1",
+        ),
+        ({"method": {"name": "cap", "sparse_weight": 0}}, "method.sparse_weight is 0; it should be greater than 0"),
         ({"dtype": "int8"}, "dtype is 'int8'; it should be 'bfloat16', 'float16' or 'float32'"),
         ({"model": None}, "model is None; it should be a valid string"),
     ],
@@ -280,6 +332,17 @@ def test_the_papers_accounting_goes_with_14_bits_and_a_bfloat16_dictionary() -> 
     published = merged({}, preset="published", accounting="paper")
     assert published.method == PRESETS["published"]
     assert merged({}, method={"name": "svd"}, accounting="paper").method == SvdConfig()
+
+
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    [("cap", "global"), ("lowrank-sparse", "knapsack"), ("oats", "uniform"), ("wanda", "uniform"), ("svd", "uniform")],
+)
+def test_a_method_brings_its_allocation_along_unless_one_is_asked_for(method: str, allocation: str) -> None:
+    recipe = Recipe.parse({"model": "m", "method": {"name": method}})
+    assert recipe.allocation == allocation
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert Recipe.parse({"model": "m", "method": {"name": method}, "allocation": "uniform"}).allocation == "uniform"
 
 
 def test_the_papers_accounting_is_not_for_quantised_weights() -> None:

@@ -4,6 +4,7 @@ Stage 2 of CAP (arXiv 2505.03801), for every method that `chooses`. All weights 
 in memory are a probability and a mask a candidate. How a weight is split, and what a part is worth at first, is the method's.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from lexigram.allocation.units import Allocation, Unit
 from lexigram.calibration.loss import summed_loss
 from lexigram.calibration.store import GramStore
 from lexigram.errors import LexigramError
-from lexigram.factors import GroupSpec, SparseSpec
+from lexigram.factors import FactorSpec, GroupSpec, SparseSpec
 from lexigram.linalg.budget import keep_best, project
 from lexigram.linalg.policy_gradient import BernoulliPolicy, sample, started, update
 from lexigram.methods import Budget, CapConfig
@@ -29,6 +30,11 @@ from lexigram.recipe import UNIFORM
 from lexigram.running import Stages
 from lexigram.targets import Target
 from lexigram.tensorfiles import TensorFiles
+
+_LEFT = 0.002
+"""Share of a budget that is not worth another look at all candidates."""
+
+_ROUNDS = 12
 
 
 class Chosen(NamedTuple):
@@ -79,28 +85,21 @@ def choose_parts(
             step()
     generator = torch.Generator().manual_seed(recipe.seed)
     groups = [[target] for target in plan.targets] if recipe.allocation == UNIFORM else [plan.targets]
-    policies = []
-    for members in groups:
+    policies, budgets = [], [budget(members, recipe.ratio, recipe.accounting) for members in groups]
+    for members, whole in zip(groups, budgets, strict=True):
         tensors = [tensor for target in members for tensor in first.pop(target.name)]
-        allowed = _allowed(config, members, budget(members, recipe.ratio, recipe.accounting))
+        allowed = _allowed(config, members, whole)
         found = started(tensors, config.first, together=config.together, generator=generator)
         policies.append(BernoulliPolicy(found, _costs(config, members, recipe.accounting), allowed))
     if config.passes:
         _move(plan, config, policies, parts, model, ids, generator, progress)
     units = []
     with progress.stage("choose", len(plan.targets)) as step:
-        for members, policy in zip(groups, policies, strict=True):
-            masks = iter(keep_best(policy.probabilities, policy.costs, policy.budget, per_cost=config.per_bit))
-            for target in members:
-                kept = _read(parts, target.name).only(next(masks), next(masks))
-                parts.put(target.name, kept._asdict())
-                spec = sum_spec(
-                    target.shape,
-                    len(kept.values),
-                    len(kept.entries),
-                    config.value_bits,
-                    config.value_group,
-                )
+        for members, policy, whole in zip(groups, policies, budgets, strict=True):
+            kept = _kept(config, members, policy, whole)
+            masks = iter(kept.masks)
+            for target, spec in zip(members, kept.specs, strict=True):
+                parts.put(target.name, _read(parts, target.name).only(next(masks), next(masks))._asdict())
                 units.append(Unit(members=(target.name,), method=config, spec=GroupSpec(members=(spec,))))
                 step()
     return Chosen(Allocation(units=tuple(units)), parts)
@@ -129,9 +128,49 @@ def _move(
             }
             total = sum(float(summed_loss(model, part, plan.compute_dtype, weights)) for part in batch.split(1))
             loss = total / (batch.shape[0] * (batch.shape[1] - 1))
+            if not math.isfinite(loss):
+                raise LexigramError(
+                    f"the loss of a model with parts drawn at random is {loss}; lower the ratio, or leave the policy gradient "
+                    "out with --passes 0"
+                )
             for policy, mask in zip(policies, drawn, strict=True):
                 update(policy, [mask], [loss], rate=config.rate, memory=config.memory)
             step()
+
+
+class _Kept(NamedTuple):
+    """Masks over the singular values and the entries of every member in turn, and the form of each member."""
+
+    masks: list[Tensor]
+    specs: list[FactorSpec]
+
+
+def _kept(config: CapConfig, members: Sequence[Target], policy: BernoulliPolicy, whole: Budget) -> _Kept:
+    """The best candidates within the budget.
+
+    What was set aside for bitmasks is spent after all where a list of few entries, or none, takes less.
+    """
+
+    def best(allowed: float) -> _Kept:
+        masks = keep_best(policy.probabilities, policy.costs, allowed, per_cost=config.per_bit)
+        counts = [int(mask.count_nonzero()) for mask in masks]
+        specs = [
+            sum_spec(target.shape, rank, entries, config.value_bits, config.value_group)
+            for target, rank, entries in zip(members, counts[::2], counts[1::2], strict=True)
+        ]
+        return _Kept(masks, specs)
+
+    found, allowed, share = best(policy.budget), policy.budget, 1.0
+    for _ in range(_ROUNDS if whole.unit == "bytes" else 0):
+        left = whole.amount - sum(spec.bytes for spec in found.specs)
+        if left <= _LEFT * whole.amount or all(bool(mask.all()) for mask in found.masks):
+            break
+        more = best(allowed + 8 * share * left)
+        if sum(spec.bytes for spec in more.specs) <= whole.amount:
+            found, allowed = more, allowed + 8 * share * left
+        else:  # the index grew too, or became a bitmask
+            share /= 2
+    return found
 
 
 def _drawn(candidates: Candidates, values: Tensor, entries: Tensor) -> Tensor:
@@ -148,8 +187,17 @@ def _read(parts: TensorFiles, name: str) -> Candidates:
 
 def _costs(config: CapConfig, members: Sequence[Target], accounting: str) -> list[float]:
     """Of a singular value and of an entry, of every member in turn: bits, or the paper's parameters."""
-    bits = 1.0 if accounting == "paper" else codec(config.value_bits, config.value_group).bits_per_value
-    return [cost for target in members for cost in (bits * sum(target.shape), bits)]
+    found = []
+    for rows, cols in (target.shape for target in members):
+        if accounting == "paper":
+            found += [float(rows + cols), 1.0]
+            continue
+        # Groups of a right factor divide its rows, and so may be smaller.
+        running, dividing = (
+            codec(config.value_bits, config.value_group, width).bits_per_value for width in (None, cols)
+        )
+        found += [running * rows + dividing * cols, running]
+    return found
 
 
 def _allowed(config: CapConfig, members: Sequence[Target], whole: Budget) -> float:
@@ -160,8 +208,8 @@ def _allowed(config: CapConfig, members: Sequence[Target], whole: Budget) -> flo
     for target in members:
         rows, cols = target.shape
         empty = SparseSpec(rows=rows, cols=cols, nonzeros=0)
-        # Three leaves, each with a last group that may be nearly empty and up to three tensors padded to bytes.
-        fixed += empty.bytes + 3 * (0 if config.value_bits >= 10 else 6)
+        # Of three leaves each may fill up a byte; of integers a last group too, with its scale, and a byte of zeros.
+        fixed += empty.bytes + 3 * (0 if config.value_bits == 16 else 1 if config.value_bits >= 10 else 6)
     if 8 * (whole.amount - fixed) < 0:
         raise LexigramError(
             f"a budget of {whole.amount} bytes is too small for {config.name}: the bitmasks alone need {fixed}; lower the ratio"

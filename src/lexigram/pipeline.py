@@ -187,7 +187,10 @@ class _Work:
                     (name,), (spec,) = unit.members, unit.spec.members
                     with store.using([self.targets[name].site]) as grams, self.watch.stage("fit"):
                         gram = grams[self.targets[name].site]
-                        fitted = assemble(unit.method, self._weight(name), gram, chosen.of(name), spec)
+                        try:
+                            fitted = assemble(unit.method, self._weight(name), gram, chosen.of(name), spec)
+                        except ValueError as error:
+                            raise LexigramError(f"{name} cannot be compressed: {error}") from error
                     self._put(unit, Fitted([fitted]))
                     step()
         return chosen.allocation

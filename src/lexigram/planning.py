@@ -28,6 +28,7 @@ from lexigram.transformers_io import is_compressed
 
 _DEFAULT_LENGTH = 1024
 _DESCRIPTIONS = 20_000_000  # bytes on disk for tokenizer, configs and run.json
+_PARTS = 8  # bytes of disk for every weight that is split into parts: some 1.6 numbers of 4 bytes, and a byte of their support
 _BASELINE = 500_000_000  # bytes of memory that Python and torch take by themselves
 
 
@@ -68,14 +69,20 @@ class Plan:
     def bytes_after(self) -> int:
         """Of the same layers' factors; where the Grams decide about them, the most that they may take."""
         if self.allocation is None:
-            return budget(self.targets, self.recipe.ratio, "bytes").amount
+            amount = budget(self.targets, self.recipe.ratio, "bytes").amount
+            uncounted = self.recipe.accounting == "paper" and chooses(
+                self.recipe.method
+            )  # masks, and what fills up a byte
+            return amount + sum(target.weight_count // 8 + 8 for target in self.targets) * uncounted
         return self.allocation.bytes
 
     @property
     def disk_bytes(self) -> int:
-        """What the run will need on disk: the output with its descriptions, and Grams that are kept meanwhile."""
+        """What the run will need on disk: the output with its descriptions, and Grams and parts that are kept meanwhile."""
         widths = {target.site: target.shape[1] for target in self.targets}
         kept = sum(8 * width**2 for width in widths.values()) if self.allocation is None and self.cache is None else 0
+        if self.allocation is None and chooses(self.recipe.method):
+            kept += sum(_PARTS * target.weight_count for target in self.targets)
         return self.uncompressed_bytes + self.bytes_after + _DESCRIPTIONS + kept
 
 

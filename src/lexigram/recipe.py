@@ -155,7 +155,7 @@ class Recipe(BaseModel):
         if self.accounting == "paper" and isinstance(self.method, QuantizeConfig):
             raise ValueError("the accounting `paper` counts values, and quantisation removes none; leave it out")
         if self.accounting == "paper" and self.allocation == KNAPSACK:
-            raise ValueError("the knapsack counts stored bytes; leave the accounting `paper` out")
+            raise ValueError("the knapsack counts stored bytes; leave the accounting `paper` out, or take uniform")
         if self.share != "consecutive" and self.group != 2:
             raise ValueError(f"share {self.share!r} takes no group; leave group out, or share consecutive")
         return self
@@ -270,7 +270,7 @@ def explain(error: ValidationError) -> str:
         return first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{where} is missing; give it a value"
-    message = first["msg"].replace("Input should", "it should")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     return f"{where} is {first['input']!r}; {message[:1].lower()}{message[1:]}"
 
 

@@ -75,7 +75,7 @@ class TensorFiles:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise LexigramError(
-                f"{self.folder} cannot be written: {reason}; free some space, or name another folder with --cache"
+                f"{self.folder} cannot be written: {reason}; free some space, or name another folder with --cache or --out"
             ) from error
 
     def _file(self, name: str) -> Path:

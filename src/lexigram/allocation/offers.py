@@ -17,13 +17,19 @@ GRID = tuple(step / 50 for step in range(1, 47))
 
 
 def form_at(method: MethodConfig, members: Sequence[Target], ratio: float) -> GroupSpec | None:
-    """The form that has removed `ratio` of the members' bytes; None where the method has none so small."""
+    """The form that has removed `ratio` of the members' bytes; None where the method has none so small.
+
+    Raises:
+        LexigramError: where the method has none for such a shape.
+    """
     name = "group_" + hashlib.sha256(" ".join(member.name for member in members).encode()).hexdigest()[:8]
     amount = int((1 - ratio) * sum(member.dense_bytes for member in members))
     try:
         return layout_group(method, [member.shape for member in members], Budget(amount), name)
     except BudgetTooSmallError:
         return None
+    except ValueError as error:
+        raise LexigramError(f"{' + '.join(m.name for m in members)} {members[0].shape}: {error}") from error
 
 
 def check_reach(method: MethodConfig, groups: Sequence[Sequence[Target]], amount: int) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from lexigram.allocation.units import Allocation, Unit
 from lexigram.errors import LexigramError
-from lexigram.methods import AnyMethod, Budget, BudgetTooSmallError, layout_group
+from lexigram.methods import AnyMethod, Budget, layout_group
 from lexigram.targets import Target
 
 Accounting = Literal["bytes", "paper"]
@@ -38,7 +38,8 @@ def uniform(
     """Every group keeps its share by itself.
 
     Raises:
-        LexigramError: for a ratio that is out of range, or too large for the smallest form of some group.
+        LexigramError: for a ratio that is out of range, or too large for the smallest form of some group; for a form that the
+            shape of a weight does not allow.
     """
     units = []
     for index, names in enumerate(groups):
@@ -47,7 +48,7 @@ def uniform(
             spec = layout_group(
                 method, [member.shape for member in members], budget(members, ratio, accounting), f"group_{index}"
             )
-        except BudgetTooSmallError as error:
+        except ValueError as error:
             shapes = ", ".join(str(member.shape) for member in members)
             raise LexigramError(f"{' + '.join(names)} {shapes} at ratio {ratio:g}: {error}") from error
         units.append(Unit(members=tuple(names), method=method, spec=spec))

@@ -157,7 +157,7 @@ class _State:
         """1.0 at the largest values, as many as there are entries, else 0.0."""
         if self.by_row:
             return largest_indicator(values, self.entries // len(values))
-        return largest_indicator(values.view(1, -1), self.entries).view_as(values)
+        return largest_indicator(values.reshape(1, -1), self.entries).view(values.shape)
 
 
 def _begun(weight: Tensor, energies: Tensor, gram: Tensor | None, rank: int, entries: int, by_row: bool) -> _State:

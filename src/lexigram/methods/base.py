@@ -226,6 +226,7 @@ class BudgetTooSmallError(ValueError):
     """The smallest factors of this form need more than the budget."""
 
     def __init__(self, needed: int, budget: Budget) -> None:
+        self.needed = needed
         super().__init__(
             f"a budget of {budget.amount} {budget.unit} is too small: the smallest factors of this form need {needed}; "
             "lower the ratio"
@@ -240,7 +241,12 @@ def factored(spec: FactorSpec, left: type[Leaf], right: type[Side]) -> tuple[Lea
     """
     if isinstance(spec, ProductSpec) and isinstance(spec.left, left) and isinstance(spec.right, right):
         return spec.left, spec.right
-    raise ValueError(f"the method does not make the form {spec.form!r} that is asked for; make the allocation again")
+    raise wrong_form(spec)
+
+
+def wrong_form(spec: FactorSpec) -> ValueError:
+    """What to raise for a form that a method does not make; an allocation file can ask for it."""
+    return ValueError(f"the method does not make the form {spec.form!r} that is asked for; make the allocation again")
 
 
 def size(spec: FactorSpec, unit: Literal["bytes", "parameters"]) -> int:
@@ -259,6 +265,12 @@ def pooled(grams: Sequence[Gram]) -> Gram:
     if all(gram is grams[0] for gram in grams):
         return grams[0]
     return Gram(torch.stack([gram.matrix for gram in grams]).sum(0), sum(gram.tokens for gram in grams))
+
+
+def metric(gram: Gram) -> Tensor:
+    """What errors are weighed with, (in, in): the Gram, or the identity where all inputs were zero and none is preferred."""
+    matrix = gram.matrix
+    return matrix if bool(matrix.any()) else torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
 def relative_error(signals: Tensor, factor: Factor, whitening: Whitening) -> float:

@@ -27,6 +27,7 @@ from lexigram.methods.base import (
     decompose,
     direct_report,
     fit,
+    metric,
     scores,
 )
 from lexigram.methods.storing import BITS, ValueBits, ValueGroup
@@ -89,7 +90,7 @@ def _(config: CapConfig, candidates: Candidates, gram: Gram) -> tuple[Tensor, Te
         return values, entries
     if config.score == "energy":
         return values.square(), entries.square()
-    strength = gram.matrix.diagonal().clamp_min(0).to(entries.dtype)
+    strength = metric(gram).diagonal().clamp_min(0).to(entries.dtype)
     columns = candidates.support.nonzero()[:, 1]
     # The energy of a rank-one part at the outputs, inputs taken as uncorrelated: ``sigma^2 sum_j v_j^2 G_jj``.
     return values * (candidates.right.square() @ strength).sqrt(), entries * strength.sqrt()[columns]
@@ -124,7 +125,7 @@ def _(
     left, right = candidates.left * roots, roots[:, None] * candidates.right
     sparse = torch.zeros_like(weight).masked_scatter_(candidates.support, candidates.entries)
     if config.refit:
-        sparse = refit(weight - left @ right, gram.matrix, candidates.support, sparse)
+        sparse = refit(weight - left @ right, metric(gram), candidates.support, sparse)
     factor = stored_sum(
         spec,
         lambda low: Product(encode(left, low.left), encode(right, low.right)),

@@ -23,12 +23,14 @@ from lexigram.linalg.rounding import DAMPING
 from lexigram.linalg.surgeon import Pruned, surgeon
 from lexigram.methods.base import (
     Budget,
+    BudgetTooSmallError,
     FitReport,
     MethodConfig,
     checked_weight,
     direct_report,
     fit,
     layout,
+    metric,
     sketch,
     variants,
 )
@@ -74,18 +76,35 @@ class LowRankSparseConfig(MethodConfig):
 
 @layout.register
 def _(config: LowRankSparseConfig, shape: tuple[int, int], budget: Budget) -> FactorSpec:
-    bits = config.value_bits or _usual_bits(8 * budget.amount / (shape[0] * shape[1]), config.value_group)
-    return largest_sum(shape, budget, config.rank_share, bits, config.value_group)
+    """Few values may cost more in integers, with their scale, than in bfloat16: the best bits of those that fit."""
+    too_small: list[BudgetTooSmallError] = []
+    ranked: list[ValueBits]
+    if config.value_bits is not None:
+        ranked = [config.value_bits]
+    elif budget.unit == "parameters":  # of any bits they cost the same
+        ranked = [16]
+    else:
+        ranked = _ranked_bits(8 * budget.amount / (shape[0] * shape[1]), config.value_group)
+    for bits in ranked:
+        try:
+            return largest_sum(
+                shape, budget, config.rank_share, bits, config.value_group, low_rank_bits=_low_rank_bits(bits)
+            )
+        except BudgetTooSmallError as error:
+            too_small.append(error)
+    raise min(too_small, key=lambda error: error.needed)
 
 
 @variants.register
 def _(config: LowRankSparseConfig) -> list[MethodConfig]:
-    """Entries in every number of bits, alone and beside a low-rank part; and no entry dropped."""
-    if config.value_bits is not None:
-        return [config, config.model_copy(update={"rank_share": 0.0})] if config.rank_share else [config]
-    sparse: list[MethodConfig] = [config.model_copy(update={"value_bits": bits}) for bits in (8, 6, 4, 3)]
+    """Entries in every number of bits, beside a low-rank part where one is asked for and alone; and no entry dropped."""
+    shares = dict.fromkeys((config.rank_share, 0.0))
+    offered: tuple[ValueBits, ...] = (8, 6, 4, 3) if config.value_bits is None else (config.value_bits,)
+    sparse: list[MethodConfig] = [
+        config.model_copy(update={"value_bits": bits, "rank_share": share}) for share in shares for bits in offered
+    ]
     dense: list[MethodConfig] = [QuantizeConfig(value_bits=bits) for bits in (8, 6, 4)]
-    return sparse + dense
+    return sparse if config.value_bits else sparse + dense
 
 
 @sketch.register
@@ -101,12 +120,13 @@ def _(
     start = time.perf_counter()
     weight = checked_weight(weight)
     rank, entries = sizes(spec)
-    left, right, pruned = _parts(config, weight, gram.matrix, rank, entries)
+    inputs = metric(gram)
+    left, right, pruned = _parts(config, weight, inputs, rank, entries)
     rest = weight - left @ right
     factor = stored_sum(
         spec,
         lambda low: Product(encode(left, low.left), encode(right, low.right)),
-        lambda kept: store_pruned(rest, pruned, kept, gram.matrix, sweeps=config.sweeps, damping=config.damping),
+        lambda kept: store_pruned(rest, pruned, kept, inputs, sweeps=config.sweeps, damping=config.damping),
     )
     message = f"rank {rank}, {entries / weight.numel():.1%} of the entries"
     return factor, direct_report(message, weight, factor, gram, time.perf_counter() - start)
@@ -127,8 +147,13 @@ def _parts(
     return found.left, found.right, Pruned(found.sparse, found.support)
 
 
-def _usual_bits(bits_a_weight: float, group: int) -> ValueBits:
-    """The bits of a value that lose least where so many bits a weight are spent on a bitmask and values.
+def _low_rank_bits(bits: ValueBits) -> ValueBits:
+    """A rank-one part is in every entry: rounding it is no matter of a few."""
+    return bits if bits > 8 else 8
+
+
+def _ranked_bits(bits_a_weight: float, group: int) -> list[ValueBits]:
+    """The bits of a value, those first that lose least where so many bits a weight are spent on a bitmask and values.
 
     Of normally distributed weights: what is dropped loses ``erf(t) - 2 t exp(-t^2) / sqrt(pi)`` of the energy, with ``erf(t)``
     the share that is dropped, and rounding to b bits over six deviations some ``3 / 4^b`` of what is kept.
@@ -141,4 +166,4 @@ def _usual_bits(bits_a_weight: float, group: int) -> ValueBits:
         energy = dropped - 2 * t * math.exp(-t * t) / math.sqrt(math.pi)
         return _REFITTED * energy + 3 * 4.0**-bits
 
-    return min(_BITS, key=lost)
+    return sorted(_BITS, key=lost)

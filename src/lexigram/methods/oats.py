@@ -15,7 +15,7 @@ from lexigram.factors import Factor, FactorSpec, Product, Sparse, encode
 from lexigram.gram import Gram
 from lexigram.linalg.low_rank_sparse import OATS_ROUNDS, oats
 from lexigram.linalg.pruning import refit
-from lexigram.methods.base import Budget, FitReport, MethodConfig, checked_weight, direct_report, fit, layout
+from lexigram.methods.base import Budget, FitReport, MethodConfig, checked_weight, direct_report, fit, layout, metric
 from lexigram.methods.storing import BITS, ValueBits, ValueGroup
 from lexigram.methods.sums import largest_sum, sizes, stored_sum
 from lexigram.shown import FORM, Shown
@@ -49,10 +49,11 @@ def _(
     start = time.perf_counter()
     weight = checked_weight(weight)
     rank, entries = sizes(spec)
-    parts = oats(weight, gram.matrix.diagonal(), rank, entries, rounds=config.rounds)
+    inputs = metric(gram)
+    parts = oats(weight, inputs.diagonal(), rank, entries, rounds=config.rounds)
     sparse = parts.sparse
     if config.refit:
-        sparse = refit(weight - parts.left @ parts.right, gram.matrix, parts.support, sparse)
+        sparse = refit(weight - parts.left @ parts.right, inputs, parts.support, sparse)
     factor = stored_sum(
         spec,
         lambda low: Product(encode(parts.left, low.left), encode(parts.right, low.right)),

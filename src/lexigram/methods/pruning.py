@@ -30,7 +30,9 @@ from lexigram.methods.base import (
     direct_report,
     fit,
     layout,
+    metric,
     size,
+    wrong_form,
 )
 from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec, store_pruned
 from lexigram.shown import FORM, Shown
@@ -107,13 +109,12 @@ def _(
 ) -> tuple[Sparse, FitReport]:
     start = time.perf_counter()
     if not isinstance(spec, SparseSpec):
-        raise ValueError(
-            f"the method does not make the form {spec.form!r} that is asked for; make the allocation again"
-        )
+        raise wrong_form(spec)
     weight = checked_weight(weight)
-    pruned = chosen(config, weight, gram.matrix, spec.nonzeros)
-    values = refit(weight, gram.matrix, pruned.support, pruned.values) if config.refit else pruned.values
-    factors = store_pruned(weight, Pruned(values, pruned.support), spec, gram.matrix)
+    inputs = metric(gram)
+    pruned = chosen(config, weight, inputs, spec.nonzeros)
+    values = refit(weight, inputs, pruned.support, pruned.values) if config.refit else pruned.values
+    factors = store_pruned(weight, Pruned(values, pruned.support), spec, inputs)
     message = f"{spec.nonzeros / weight.numel():.1%} kept{', refitted' if config.refit else ''}"
     return factors, direct_report(message, weight, factors, gram, time.perf_counter() - start)
 

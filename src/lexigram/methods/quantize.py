@@ -23,8 +23,10 @@ from lexigram.methods.base import (
     direct_report,
     fit,
     layout,
+    metric,
     size,
     variants,
+    wrong_form,
 )
 from lexigram.methods.storing import BITS, ValueGroup, store_dense
 from lexigram.shown import FORM, Shown
@@ -85,15 +87,13 @@ def _(
 ) -> tuple[Dense, FitReport]:
     start = time.perf_counter()
     if not isinstance(spec, DenseSpec):
-        raise ValueError(
-            f"the method does not make the form {spec.form!r} that is asked for; make the allocation again"
-        )
+        raise wrong_form(spec)
     weight = checked_weight(weight)
     carry = config.rounding == "gptq" and spec.codec.bits < 16
     factors = store_dense(
         weight,
         spec,
-        lambda: gram.matrix,
+        lambda: metric(gram),
         carry=carry,
         order=config.order,
         clip=config.clip,

@@ -3,8 +3,9 @@
 A part of size nothing is left out: rank 0 is a sparse leaf alone, no entries a product alone, and neither an empty sparse leaf.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
+from functools import lru_cache
 
 from lexigram.factors import (
     DenseSpec,
@@ -16,11 +17,19 @@ from lexigram.factors import (
     Sum,
     SumSpec,
 )
-from lexigram.methods.base import Budget, BudgetTooSmallError, size
+from lexigram.methods.base import Budget, BudgetTooSmallError, size, wrong_form
 from lexigram.methods.storing import ValueBits, codec
 
 
-def sum_spec(shape: tuple[int, int], rank: int, entries: int, bits: ValueBits, group: int) -> FactorSpec:
+def sum_spec(
+    shape: tuple[int, int],
+    rank: int,
+    entries: int,
+    bits: ValueBits,
+    group: int,
+    *,
+    low_rank_bits: ValueBits | None = None,
+) -> FactorSpec:
     """The form of so many ranks and entries.
 
     Args:
@@ -29,20 +38,30 @@ def sum_spec(shape: tuple[int, int], rank: int, entries: int, bits: ValueBits, g
         entries: of the sparse part.
         bits: of every stored value.
         group: how many values share a scale, where they are integers.
+        low_rank_bits: of those of the low-rank part, where they are others.
     """
     rows, cols = shape
+    fine = low_rank_bits or bits
     kept = SparseSpec.lightest(rows, cols, entries, codec(bits, group))
     if not rank:
         return kept
     low = ProductSpec(
-        left=DenseSpec(rows=rows, cols=rank, codec=codec(bits, group)),
-        right=DenseSpec(rows=rank, cols=cols, codec=codec(bits, group, cols)),
+        left=DenseSpec(rows=rows, cols=rank, codec=codec(fine, group)),
+        right=DenseSpec(rows=rank, cols=cols, codec=codec(fine, group, cols)),
     )
     return SumSpec(left=low, right=kept) if entries else low
 
 
+@lru_cache(maxsize=4096)  # layers of one shape are asked for at the same ratios
 def largest_sum(
-    shape: tuple[int, int], budget: Budget, rank_share: float, bits: ValueBits, group: int, grain: int = 1
+    shape: tuple[int, int],
+    budget: Budget,
+    rank_share: float,
+    bits: ValueBits,
+    group: int,
+    *,
+    grain: int = 1,
+    low_rank_bits: ValueBits | None = None,
 ) -> FactorSpec:
     """The form with `rank_share` of a budget in its low-rank part, rounded down, and as many entries as the rest has room for.
 
@@ -53,21 +72,26 @@ def largest_sum(
         bits: of every stored value.
         group: how many values share a scale, where they are integers.
         grain: entries come in multiples of this.
+        low_rank_bits: of the values of the low-rank part, where they are others.
 
     Raises:
-        BudgetTooSmallError: where not even `grain` entries fit, or rank 1 where that is all there may be.
+        BudgetTooSmallError: where neither `grain` entries fit, nor rank 1 into its share.
     """
 
     def needed(rank: int, entries: int) -> int:
-        return size(sum_spec(shape, rank, entries, bits, group), budget.unit)
+        return size(sum_spec(shape, rank, entries, bits, group, low_rank_bits=low_rank_bits), budget.unit)
 
-    share = int(budget.amount * rank_share)
-    rank = bisect_right(range(1, min(shape) + 1), share, key=lambda count: needed(count, 0))
+    def share(amount: int) -> int:
+        return int(amount * rank_share)
+
+    rank = bisect_right(range(1, min(shape) + 1), share(budget.amount), key=lambda count: needed(count, 0))
     counts = range(grain, shape[0] * shape[1] + 1, grain)
     fitting = bisect_right(counts, budget.amount, key=lambda count: needed(rank, count))
     if not rank and not fitting:
-        raise BudgetTooSmallError(needed(1, 0) if rank_share == 1 else needed(0, grain), budget)
-    return sum_spec(shape, rank, counts[fitting - 1] if fitting else 0, bits, group)
+        alone = needed(0, grain)
+        raise BudgetTooSmallError(bisect_left(range(alone), needed(1, 0), key=share), budget)
+    entries = counts[fitting - 1] if fitting else 0
+    return sum_spec(shape, rank, entries, bits, group, low_rank_bits=low_rank_bits)
 
 
 def sum_parts(spec: FactorSpec) -> tuple[ProductSpec | None, SparseSpec | None]:
@@ -81,9 +105,7 @@ def sum_parts(spec: FactorSpec) -> tuple[ProductSpec | None, SparseSpec | None]:
     kept = second if isinstance(second, SparseSpec) else None
     dense = low is None or (isinstance(low.left, DenseSpec) and isinstance(low.right, DenseSpec))
     if not dense or (low is None and kept is None) or (isinstance(spec, SumSpec) and None in (low, kept)):
-        raise ValueError(
-            f"the method does not make the form {spec.form!r} that is asked for; make the allocation again"
-        )
+        raise wrong_form(spec)
     return low, kept
 
 
