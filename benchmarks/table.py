@@ -1,6 +1,6 @@
 """Results of `quality.py` as one Markdown table: rows down, ratios across, a perplexity for each calibration seed.
 
-    python benchmarks/table.py results/quality-variants-*.json
+python benchmarks/table.py results/quality-variants-*.json
 """
 
 import argparse
