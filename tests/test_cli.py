@@ -642,7 +642,8 @@ def test_the_current_folder_will_do_where_it_is_empty(
 # ------------------------------------------------------------------------------------------------------- real processes
 
 HALF_WAY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
 from lexigram import cli, pipeline
 def stop(folder):
     print("half-way", flush=True)
