@@ -22,6 +22,8 @@ from recording import DATA, write
 PAPER = ["--rho", "2", "--value-bits", "14", "--dictionary-bits", "16"]
 """The form of the CoSpaDi paper, from `fast`'s solver."""
 
+UNIFORM = ["--method", "lowrank-sparse", "--allocation", "uniform"]
+
 ROWS: dict[str, list[str]] = {
     "svd": ["--method", "svd"],
     "svd, groups": ["--method", "svd", "--group", "2"],
@@ -49,8 +51,31 @@ ROWS: dict[str, list[str]] = {
     "quantize int2": ["--method", "quantize", "--value-bits", "2"],
     "nearest int4": ["--method", "quantize", "--value-bits", "4", "--rounding", "nearest"],
     "nearest int3": ["--method", "quantize", "--value-bits", "3", "--rounding", "nearest"],
+    "magnitude": ["--method", "magnitude"],
+    "wanda": ["--method", "wanda"],
+    "wanda, refit": ["--method", "wanda", "--refit"],
+    "sparsegpt": ["--method", "sparsegpt"],
+    "oats": ["--method", "oats"],
+    "cap": ["--method", "cap"],
+    "cap, refit": ["--method", "cap", "--refit"],
+    "cap, no policy": ["--method", "cap", "--passes", "0"],
+    "cap, no policy, refit": ["--method", "cap", "--passes", "0", "--refit"],
+    "cap, random start": ["--method", "cap", "--first", "random"],
+    "cap, random start, no policy": ["--method", "cap", "--first", "random", "--passes", "0"],
+    "cap, uniform": ["--method", "cap", "--allocation", "uniform"],
+    "lowrank-sparse": ["--method", "lowrank-sparse"],
+    "lowrank-sparse, uniform": UNIFORM,
+    "lowrank-sparse, bfloat16": ["--method", "lowrank-sparse", "--value-bits", "16"],
+    "lowrank-sparse, bfloat16, uniform": [*UNIFORM, "--value-bits", "16"],
+    "lowrank-sparse, bfloat16, uniform, rank": [*UNIFORM, "--value-bits", "16", "--rank-share", "0.2"],
+    "lowrank-sparse, int4": ["--method", "lowrank-sparse", "--value-bits", "4"],
+    "lowrank-sparse, int4, uniform": [*UNIFORM, "--value-bits", "4"],
+    "lowrank-sparse, int3": ["--method", "lowrank-sparse", "--value-bits", "3"],
+    "lowrank-sparse, int3, uniform": [*UNIFORM, "--value-bits", "3"],
 }
 """What distinguishes the rows; `quantize` has its own bytes whatever the ratio."""
+
+CALIBRATION = {"c4": "c4/c4.txt", "wikitext": "wikitext-2-raw/wiki.valid.raw"}
 
 
 def main() -> None:
@@ -59,6 +84,8 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["svd", "cospadi"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the calibration")
+    parser.add_argument("--calibration", choices=list(CALIBRATION), default="c4")
+    parser.add_argument("--sequences", type=int, default=64, help="of 1024 tokens each, for calibration")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--name", default="quality-smollm2-135m")
     parser.add_argument(
@@ -73,14 +100,18 @@ def main() -> None:
         for ratio in options.ratios:
             for seed in options.seeds:
                 for name in options.rows:
-                    rows.append(row(work, name, ratio, seed, options.windows, dense))
+                    text = ["--calibration", str(DATA / CALIBRATION[options.calibration])]
+                    text += ["--sequences", str(options.sequences), "--length", "1024"]
+                    rows.append(row(work, name, ratio, seed, options.windows, dense, text))
                     print(json.dumps({key: value for key, value in rows[-1].items() if key != "commands"}), flush=True)
     file = write(options.name, {"dense": dense, "rows": rows, "shares": shares(rows)})
     print(json.dumps(shares(rows), indent=1))
     print(file)
 
 
-def row(work: Path, name: str, ratio: float, seed: int, windows: int, dense: dict[str, Any]) -> dict[str, Any]:
+def row(
+    work: Path, name: str, ratio: float, seed: int, windows: int, dense: dict[str, Any], calibration: list[str]
+) -> dict[str, Any]:
     """Compress and evaluate once."""
     out = work / f"{name.replace(', ', '-').replace(' ', '_')}-{ratio}-{seed}"
     arguments = [
@@ -94,8 +125,7 @@ def row(work: Path, name: str, ratio: float, seed: int, windows: int, dense: dic
         "--cache",
         str(work / "cache"),
     ]
-    arguments += ["--calibration", str(DATA / "c4" / "c4.txt"), "--sequences", "64", "--length", "1024"]
-    arguments += ["--calibration-seed", str(seed)]
+    arguments += [*calibration, "--calibration-seed", str(seed)]
     if not out.exists():
         lexigram(arguments)
     run = json.loads((out / "run.json").read_text())
