@@ -1,12 +1,16 @@
-"""What all tests share: where the data lies, toy models and tokenizers built on the spot, one thread for what is tiny."""
+"""What all tests share: where the data lies, toy models and tokenizers built on the spot, the command line, one thread for
+what is tiny.
+"""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants as hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +25,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from lexigram import cli
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -111,6 +117,52 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"the data folder {DATA} is absent; it is not part of the repository")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def stories(data: Path) -> Path:
+    """A small trained model."""
+    return data / "stories260K"
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder`, hidden ones too, with the content of the files."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+class Said(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a failed command says, blank lines of the progress display aside."""
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `lexigram ARGS` in this process; a traceback would come out as the exception that it is."""
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*args: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["lexigram", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return Said(stop.value.code or 0, *capsys.readouterr())  # type: ignore[arg-type]
+
+    return run
 
 
 @pytest.fixture(autouse=True)

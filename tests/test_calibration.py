@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import TOYS, build_toy
+from drawn import gram_of
 from lexigram.calibration.gram import GramAccumulator, collecting
 from lexigram.calibration.layerwise import LayerRunner
 from lexigram.errors import LexigramError
@@ -60,7 +61,7 @@ def layer_by_layer(model: PreTrainedModel, ids: Tensor, **options: Any) -> tuple
         batches = [len(output) for output in found[0]]
     head = model.get_output_embeddings()
     with outputs_of({0: head}) as found:
-        runner.run_rest()
+        list(runner.rest())
     return outputs, torch.cat(found[0]), batches
 
 
@@ -173,7 +174,7 @@ def test_replaced_layers_are_carried_on() -> None:
         runner.run(0)
         runner.run(1)
     with outputs_of({0: model.lm_head}) as found:
-        runner.run_rest()
+        list(runner.rest())
     assert torch.allclose(found[0][0], genuine(model, ids)[1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0][0], original, rtol=1e-2, atol=1e-2)
 
@@ -219,13 +220,6 @@ def test_a_forward_of_the_instance_survives() -> None:
 
 
 # --- Grams -------------------------------------------------------------------------------------------------------
-
-
-def gram_of(*batches: Tensor) -> Any:
-    accumulator = GramAccumulator()
-    for batch in batches:
-        accumulator.add(batch)
-    return accumulator.result("site")
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

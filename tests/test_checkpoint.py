@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lexigram
+from checkpoints import IDS, edit_config, edit_tensors, logits, opened
 from conftest import TOYS, build_toy
 from lexigram.calibration.gram import GramAccumulator
 from lexigram.errors import LexigramError
@@ -58,7 +59,6 @@ METHODS: dict[str, MethodConfig] = {
     "cospadi 16": CospadiConfig(iterations=1, value_bits=16),
     "svd": SvdConfig(),
 }
-IDS = torch.arange(3, 33).view(2, 15)
 
 
 def compress(model: PreTrainedModel, method: MethodConfig, ratio: float = 0.4) -> PreTrainedModel:
@@ -147,11 +147,6 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
 def stored(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -168,10 +163,6 @@ def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) 
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
-
-
-def opened(folder: Path, **options: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def without_lexigram(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
@@ -597,20 +588,6 @@ def test_without_lexigram_loading_fails_loudly(tmp_path: Path) -> None:
 # --- damage ------------------------------------------------------------------------------------------------------
 
 LAYER = "model.layers.1.mlp.gate_proj"
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    file = folder / "lexigram.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    change(config["quantization_config"])
-    file.write_text(json.dumps(config))
 
 
 def flip(tensors: dict[str, Tensor], name: str, index: int, value: int) -> None:

@@ -12,12 +12,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from huggingface_hub import constants as hub
 
 import lexigram
-from conftest import toy_folder
-from lexigram import LexigramError, Recipe, cli, comparing, comparison_planning, pipeline, plots
+from conftest import Command, Said, contents, toy_folder
+from lexigram import (
+    ComparisonSettings,
+    LexigramError,
+    Recipe,
+    cli,
+    comparing,
+    comparison_planning,
+    pipeline,
+    plots,
+    recording,
+)
+from lexigram.cli import compare as comparing_command
+from lexigram.cli.arguments import DtypeName
 from lexigram.cli.compare import repeated
+from lexigram.cli.fields import choices
 from lexigram.comparison import DENSE, Row, difference, figure, markdown, table
 from lexigram.comparison import lines as lines_of
 from lexigram.recipe import Calibration
@@ -26,29 +38,13 @@ SVD, BITS = (f"method: {method}\ninclude: q_proj\n" for method in ("{name: svd}"
 BITS += "ratio: 0.4\n"
 
 
-class Said(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that a failed command says."""
-        lines = [line for line in self.err.splitlines() if line.strip()]
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("error: ")
-        return lines[0].removeprefix("error: ")
-
-
 class Place(NamedTuple):
     """A toy, recipes for it, and the command that compares them."""
 
     folder: Path
     toy: Path
     words: Path
-    run: Callable[..., Said]
+    run: Command
 
     @property
     def out(self) -> Path:
@@ -89,18 +85,8 @@ class Place(NamedTuple):
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: Path, tmp_path: Path) -> Place:
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*args: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["lexigram", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return Said(stop.value.code or 0, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return Place(tmp_path, toy_folder(tmp_path / "toy", "llama"), words, run)
+def place(command: Command, words: Path, tmp_path: Path) -> Place:
+    return Place(tmp_path, toy_folder(tmp_path / "toy", "llama"), words, command)
 
 
 @pytest.fixture
@@ -127,11 +113,6 @@ def compressed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(comparing, "compress", counted)
     return names
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, hidden ones too."""
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def markdown_cells(text: str) -> list[dict[str, str]]:
@@ -245,14 +226,13 @@ def test_grams_are_made_once_for_all_rows(place: Place, monkeypatch: pytest.Monk
 
 def test_a_calibration_from_the_model_is_sampled_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    for module in (comparing, pipeline):
-        real = module.sample_sequences
+    real = pipeline.sample_sequences
 
-        def counted(*args: Any, real: Any = real, **options: Any) -> Any:
-            calls.append(1)
-            return real(*args, **options)
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return real(*args, **options)
 
-        monkeypatch.setattr(module, "sample_sequences", counted)
+    monkeypatch.setattr(pipeline, "sample_sequences", counted)
     assert place.compare(place.recipe("low.yaml", SVD), ratio=[0.4, 0.5], calibration="self").code == 0
     assert len(calls) == 1
     assert len(list((place.out / "cache").iterdir())) == 1
@@ -264,13 +244,46 @@ def test_the_library_does_the_same(place: Place) -> None:
     recipe = Recipe(
         model=str(place.toy), method=lexigram.SvdConfig(), calibration=calibration, device="cpu", include=("q_proj",)
     )
-    found = lexigram.compare(
-        {"low": recipe}, place.folder / "library", [str(place.words)], ratios=[0.5], context=64, windows=2
-    )
+    settings = ComparisonSettings(texts=str(place.words), ratios=[0.5], context=64, windows=2)
+    found = lexigram.compare({"low": recipe}, place.folder / "library", settings)
     assert found.failed == []
     assert [row.label for row in found.rows] == ["dense", "low-0.5"]
     assert found.rows[1].token_perplexity == place.row("low-0.5")["token_perplexity"]
     assert all(file.is_file() for file in found.files)
+
+
+SETTINGS: dict[str, tuple[list[object], object]] = {
+    "texts": (["--text", "a.txt", "b.txt"], ("a.txt", "b.txt")),
+    "ratios": (["-r", 0.25, 0.5], (0.25, 0.5)),
+    "seeds": (["--calibration-seed", 3, 4], (3, 4)),
+    "context": (["--context", 7], 7),
+    "windows": (["--windows", 7], 7),
+    "dtype": (["--dtype", "float16"], "float16"),
+    "drop_models": (["--drop-models"], True),
+}
+
+
+@pytest.mark.parametrize("key", ComparisonSettings.model_fields)
+def test_every_setting_has_an_option_that_reaches_it_alone(
+    key: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[ComparisonSettings] = []
+
+    def stop(_recipes: object, _out: object, settings: ComparisonSettings, **_options: object) -> None:
+        found.append(settings)
+        raise LexigramError("far enough")
+
+    monkeypatch.setattr(comparing_command, "plan_comparison", stop)
+    written, value = SETTINGS[key]
+    text = [] if key == "texts" else ["--text", "demo"]
+    args = "compare", place.toy, "--recipes", place.recipe("low.yaml", SVD), "--out", place.out
+    assert place.run(*args, *text, *written).error == "far enough"
+    usual = ComparisonSettings(texts=("demo",))
+    assert found == [usual.model_copy(update={key: value})] != [usual]
+
+
+def test_the_dtypes_are_those_of_eval() -> None:
+    assert set(choices(ComparisonSettings.model_fields["dtype"])) == {name.value for name in DtypeName}
 
 
 # ----------------------------------------------------------------------------------------------------------------- resume
@@ -301,7 +314,7 @@ def test_a_killed_comparison_goes_on_at_its_next_row(
     place: Place, compressed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
-    real = pipeline.stored_bytes
+    real = recording.stored_bytes
 
     def killed(folder: Path) -> dict[str, int]:
         if len(compressed) > 1:
@@ -309,7 +322,7 @@ def test_a_killed_comparison_goes_on_at_its_next_row(
         return real(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "stored_bytes", killed)
+        patch.setattr(recording, "stored_bytes", killed)
         with pytest.raises(RuntimeError, match="killed"):
             cli.app(_arguments(place, *files), standalone_mode=False)
     assert sorted(file.name for file in (place.out / "rows").iterdir()) == ["dense.json", "low.json"]
@@ -501,7 +514,7 @@ def test_what_must_be_given(missing: str, place: Place) -> None:
 
 def test_no_recipes_in_the_library(tmp_path: Path) -> None:
     with pytest.raises(LexigramError, match="there are no recipes to compare"):
-        lexigram.compare({}, tmp_path / "out", ["demo"])
+        lexigram.compare({}, tmp_path / "out", ComparisonSettings(texts=["demo"]))
 
 
 def test_a_dry_run_writes_nothing(place: Place) -> None:
@@ -682,9 +695,8 @@ def test_rows_are_watched_by_their_names(place: Place) -> None:
     recipe = Recipe(
         model=str(place.toy), method=lexigram.SvdConfig(), calibration=calibration, device="cpu", include=("q_proj",)
     )
-    prepared = comparison_planning.plan_comparison(
-        {"low": recipe}, place.out, [str(place.words)], context=64, windows=2
-    )
+    settings = ComparisonSettings(texts=(str(place.words),), context=64, windows=2)
+    prepared = comparison_planning.plan_comparison({"low": recipe}, place.out, settings)
     seen: list[str] = []
 
     @contextmanager

@@ -1,7 +1,6 @@
 """Perplexity against one naive pass, a brute-force loop and torch.distributions; a real small model where present."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,6 @@ from lexigram.calibration.tokens import token_ids
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate, greedy_sentence, perplexity
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXT = "The cat sat on the mat, and the dog looked on from under the table. So it goes."
 
 
@@ -42,15 +40,6 @@ def tiny_model(seed: int = 0, vocabulary: int = 257) -> LlamaForCausalLM:
             eos_token_id=256,
         )
         return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -348,10 +337,8 @@ def test_what_cannot_be_said_is_an_error(
 
 
 @pytest.fixture(scope="module")
-def stories() -> SimpleNamespace:
-    folder, text = DATA / "stories260K", DATA / "tinystories" / "tinystories.txt"
-    if not (folder.is_dir() and text.is_file()):
-        pytest.skip(f"{folder} or {text} is not here: the shared data lie beside the checkout, not in it")
+def stories(data: Path) -> SimpleNamespace:
+    folder, text = data / "stories260K", data / "tinystories" / "tinystories.txt"
     return SimpleNamespace(
         model=AutoModelForCausalLM.from_pretrained(folder),
         tokenizer=AutoTokenizer.from_pretrained(folder),

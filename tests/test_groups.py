@@ -15,12 +15,14 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lexigram
+from checkpoints import WEIGHTS, edit_config, edit_tensors, logits, opened
 from conftest import TOYS, words_tokenizer
+from drawn import normal
 from lexigram import CospadiConfig, LexigramError, Recipe, RunRecord, SvdConfig
 from lexigram.factors import DenseSpec, GroupSpec, Product, ProductSpec, Shared, SharedSpec, SparseSpec, encode
 from lexigram.gram import Gram
@@ -29,9 +31,6 @@ from lexigram.methods.base import Fitted, layout_group
 from lexigram.planning import plan
 from lexigram.transformers_io import SHARED, FactoredLinear, LexigramConfig, attach_config, factored_layers, share
 from lexigram.transformers_io.linear import shared_matrices
-
-WEIGHTS = "lexigram.safetensors"
-IDS = torch.arange(3, 33).view(2, 15)
 
 METHODS: dict[str, MethodConfig] = {
     "cospadi exact": CospadiConfig(iterations=3),
@@ -44,10 +43,6 @@ METHODS: dict[str, MethodConfig] = {
     "svd plain": SvdConfig(plain=True),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def gram(width: int = 24, seed: int = 0, decay: float = 1.5, tokens: int = 300) -> Gram:
@@ -293,18 +288,6 @@ def run(toy: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return done[name]
 
     return get
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=IDS).logits
-    assert bool(found.isfinite().all())
-    return found
-
-
-def opened(folder: Path, **options: Any) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    return model
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -575,18 +558,6 @@ def saved(run: Callable[[str], Run], tmp_path: Path) -> Path:
     """A checkpoint to be damaged: pairs of layers that share dictionaries, stored as 14-bit and 16-bit values."""
     shutil.copytree(run("consecutive")[0], tmp_path / "saved")
     return tmp_path / "saved"
-
-
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    change(content["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(content))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def reference_in(config: dict[str, Any]) -> dict[str, Any]:

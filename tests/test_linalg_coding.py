@@ -8,14 +8,11 @@ import torch
 from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 
+from drawn import generator
 from lexigram.linalg.dictionary_learning import HTP, _better_rows
 from lexigram.linalg.htp import htp
 from lexigram.linalg.omp import omp
 from lexigram.linalg.selection import keep_largest
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from drawn import generator
 from lexigram.linalg.dictionary_learning import (
     HTP,
     KSVD,
@@ -26,10 +27,6 @@ from lexigram.linalg.dictionary_learning import (
 from lexigram.linalg.selection import keep_largest
 from lexigram.linalg.shared_update import shared_mod, shared_mod_exact
 from lexigram.linalg.whitening import Whitening, whiten
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def whitenings(size: int, members: int, decay: float = 3.0, seed: int = 0) -> list[Whitening]:
@@ -206,20 +203,6 @@ def test_refit_is_the_least_squares_of_the_original_problem(members: int) -> Non
     assert total(rows, metrics, found, tuple(codes)) == pytest.approx(least, rel=1e-4)
 
 
-def test_one_member_is_the_single_problem() -> None:
-    (metric,), (weight,) = whitenings(24, 1), weights(40, 24, 1)
-    signals = metric.whiten(weight)
-    single = learn_dictionary(signals, 18, 5, iterations=6)
-    for update in (MOD(), KSVD()):
-        shared = learn_shared_dictionary([signals], shared_metrics([metric.factor]), 18, 5, iterations=6, update=update)
-        assert len(shared.codes) == 1
-        assert total([weight], [metric], shared.dictionary, shared.codes) == pytest.approx(
-            shared.objective[-1], rel=1e-3
-        )
-        if update == MOD():
-            assert shared.objective == single.objective
-
-
 @pytest.mark.parametrize("members", [2, 3])
 def test_equal_metrics_are_the_single_problem_of_all_rows(members: int) -> None:
     metric = whitenings(24, 1)[0]
@@ -356,6 +339,8 @@ def test_refusals() -> None:
         learn_shared_dictionary(signals, common, 4, 2, coding=Threshold())
     with pytest.raises(ValueError, match="1 members but 2 metrics"):
         learn_shared_dictionary(signals[:1], common, 4, 2)
+    with pytest.raises(ValueError, match="one member shares nothing"):
+        learn_shared_dictionary(signals[:1], shared_metrics(factors[:1]), 4, 2)
     with pytest.raises(ValueError, match="signals of width 8 in metrics of width 9"):
         learn_shared_dictionary([torch.ones(4, 8)] * 2, common, 4, 2)
     with pytest.raises(ValueError, match="not finite"):

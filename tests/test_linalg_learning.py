@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drawn import generator
 from lexigram.linalg.dictionary_learning import (
     HTP,
     KSVD,
@@ -25,10 +26,6 @@ from lexigram.linalg.whitening import whiten
 CODINGS: list[Coding] = [OMP(), OMP(batch=5), HTP(), HTP(rounds=3, cg_steps=1)]
 UPDATES: list[Update] = [MOD(), KSVD(), KSVD(power_iterations=1), KSVD(power_iterations=None)]
 STARTS: list[Start] = ["columns", "svd"]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def planted(n: int, k: int, d: int, s: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Pruning and few-bit values: against explicit inverses, numpy's least squares row by row, and brute force."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import drawn
+from drawn import SINGULAR, singular_gram
 from lexigram.linalg.integers import Steps, refit_scales, sweep, to_steps
 from lexigram.linalg.pruning import prune, refit
 from lexigram.linalg.rounding import activation_order, round_carrying
@@ -24,9 +27,7 @@ PATTERNS = {
     "tiles": Tiles(2, 4),
 }
 
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+normal = partial(drawn.normal, dtype=torch.float64)
 
 
 def correlated_gram(width: int, seed: int = 0, decades: float = 1.0) -> Tensor:
@@ -35,22 +36,6 @@ def correlated_gram(width: int, seed: int = 0, decades: float = 1.0) -> Tensor:
     X = X @ torch.linalg.qr(normal(width, width, seed=seed + 1)).Q
     X[:, ::7] *= 10
     return X.T @ X
-
-
-def singular_gram(width: int, kind: str) -> Tensor:
-    X = normal(100, width)
-    if kind == "few tokens":
-        X = X[:5]
-    elif kind == "dead channels":
-        X[:, 3:7] = 0
-    elif kind == "duplicate channels":
-        X[:, 3:7] = X[:, :1]
-    elif kind == "nothing":
-        X[:] = 0
-    return X.T @ X
-
-
-SINGULAR = ["few tokens", "dead channels", "duplicate channels", "nothing"]
 
 
 def errors(weight: Tensor, values: Tensor, gram: Tensor) -> Tensor:
@@ -165,13 +150,7 @@ def test_impossible_totals_are_refused() -> None:
 
 
 def brain_surgeon(
-    weight: Tensor,
-    gram: Tensor,
-    kept: int,
-    pattern: Pattern,
-    order: Tensor,
-    window: int,
-    round_column: Callable[[Tensor, int], Tensor],
+    weight: Tensor, gram: Tensor, kept: int, pattern: Pattern, order: Tensor, window: int
 ) -> tuple[Tensor, Tensor]:
     """Column by column, with the inverse of the Gram of those that are left; the mask of a window as it is reached."""
     values, gram = weight[:, order].clone(), gram[order][:, order]
@@ -185,25 +164,18 @@ def brain_surgeon(
             prices = torch.stack([1 / torch.linalg.inv(gram[i:, i:])[0, 0] for i in range(j, end)])
             share = (kept // unit * end // cols - kept // unit * j // cols) * unit
             mask[:, j:end] = pattern.choose(values[:, j:end] ** 2 * prices, share)
-        rounded = torch.where(mask[:, j], round_column(values[:, j], int(order[j])), 0.0)
+        settled = values[:, j].where(mask[:, j], 0.0)
         inverse = torch.linalg.inv(gram[j:, j:])
-        values[:, j:] -= ((values[:, j] - rounded) / inverse[0, 0])[:, None] * inverse[0]
-        values[:, j] = rounded
+        values[:, j:] -= ((values[:, j] - settled) / inverse[0, 0])[:, None] * inverse[0]
+        values[:, j] = settled
     back = order.argsort()
     return values[:, back], mask[:, back]
-
-
-ROUNDINGS = {
-    "as they are": lambda targets, column: targets,
-    "to quarters": lambda targets, column: (targets * 4).round() / 4,
-}
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("block", [8, 16, 128])
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_it_is_the_brain_surgeon(name: str, block: int, ordered: bool, rounding: str) -> None:
+def test_it_is_the_brain_surgeon(name: str, block: int, ordered: bool) -> None:
     weight, gram, pattern = normal(6, 40), correlated_gram(40), PATTERNS[name]
     kept = pattern.total((6, 40), None if isinstance(pattern, Consecutive) else 96)
     order = settling_order(gram, pattern) if ordered else torch.arange(40)
@@ -213,12 +185,11 @@ def test_it_is_the_brain_surgeon(name: str, block: int, ordered: bool, rounding:
         kept,
         pattern=pattern,
         order=order if ordered else None,
-        round_column=None if rounding == "as they are" else ROUNDINGS[rounding],
         block=block,
         damping=0.0,
     )
     window = pattern.of if isinstance(pattern, Consecutive) else block
-    values, support = brain_surgeon(weight, gram, kept, pattern, order, window, ROUNDINGS[rounding])
+    values, support = brain_surgeon(weight, gram, kept, pattern, order, window)
     assert torch.equal(found.support, support)
     assert torch.allclose(found.values, values, atol=1e-8)
     assert int(found.support.sum()) == kept
@@ -298,7 +269,7 @@ def test_a_refit_is_least_squares() -> None:
 @pytest.mark.parametrize("kind", SINGULAR)
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 def test_a_refit_with_a_singular_gram(kind: str, damping: float) -> None:
-    weight, gram, support = normal(9, 24), singular_gram(24, kind), random_support(9, 24)
+    weight, gram, support = normal(9, 24), singular_gram(kind), random_support(9, 24)
     found = refit(weight, gram, support, steps=200, damping=damping)
     assert bool(torch.isfinite(found).all())
     gram = gram + damping * gram.diagonal().mean() * torch.eye(24)
@@ -367,7 +338,7 @@ def test_the_search_comes_close_to_all_supports_tried() -> None:
 
 @pytest.mark.parametrize("kind", SINGULAR)
 def test_the_search_with_a_singular_gram(kind: str) -> None:
-    weight, gram = normal(9, 24), singular_gram(24, kind)
+    weight, gram = normal(9, 24), singular_gram(kind)
     found = prune(weight, gram, 100)
     assert int(found.support.sum()) == 100
     assert bool(torch.isfinite(found.values).all())
@@ -513,7 +484,7 @@ def test_what_is_stepped_comes_close_to_all_integers_tried() -> None:
 
 @pytest.mark.parametrize("kind", SINGULAR)
 def test_steps_with_a_singular_gram(kind: str) -> None:
-    weight, gram, support = normal(9, 24), singular_gram(24, kind), random_support(9, 24)
+    weight, gram, support = normal(9, 24), singular_gram(kind), random_support(9, 24)
     steps = grids(support, weight, 16, 3)
     passed = to_steps(weight, gram, support, weight, steps, rounds=0)
     found = to_steps(weight, gram, support, weight, steps)

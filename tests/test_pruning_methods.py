@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from lexigram.calibration.gram import GramAccumulator
+from drawn import correlated, gram_of, normal
 from lexigram.factors import Sparse, SparseSpec
-from lexigram.gram import Gram
 from lexigram.methods import (
     METHODS,
     Budget,
@@ -25,25 +24,10 @@ from lexigram.methods import (
     layout,
 )
 from lexigram.methods.pruning import PruningConfig
+from oracles import output_error
 
 PRUNING = ["magnitude", "sparsegpt", "wanda"]
 every_method = pytest.mark.parametrize("name", PRUNING)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def inputs(tokens: int = 400, width: int = 32) -> Tensor:
-    """Correlated, over two orders of magnitude."""
-    mixing = torch.linalg.qr(normal(width, width, seed=1)).Q
-    return normal(tokens, width, seed=2) * torch.logspace(0, -2, width) @ mixing
-
-
-def gram_of(X: Tensor) -> Gram:
-    accumulator = GramAccumulator()
-    accumulator.add(X)
-    return accumulator.result("test")
 
 
 def config_of(name: str, **options: Any) -> PruningConfig:
@@ -60,11 +44,6 @@ def run(config: PruningConfig, weight: Tensor, X: Tensor, ratio: float = 0.4) ->
     assert factors.spec == spec
     factors.check()
     return factors, report
-
-
-def error_of(weight: Tensor, factors: Sparse, X: Tensor) -> float:
-    wanted = X.double() @ weight.double().T
-    return float((wanted - X.double() @ factors.to_dense(torch.float64).T).norm() / wanted.norm())
 
 
 @given(
@@ -103,22 +82,22 @@ def test_as_many_entries_as_a_budget_has_room_for(
 
 @every_method
 def test_the_error_reported_is_that_of_the_outputs(name: str) -> None:
-    weight, X = normal(24, 32, seed=3), inputs()
+    weight, X = normal(24, 32, seed=3), correlated()
     for options in ({}, {"refit": True}, {"value_bits": 4}, {"pattern": "2:4"}):
         factors, report = run(config_of(name, **options), weight, X, 0.4)
-        assert report.relative_error == pytest.approx(error_of(weight, factors, X), rel=1e-3)
+        assert report.relative_error == pytest.approx(output_error(weight, factors, X), rel=1e-3)
 
 
 def test_magnitude_keeps_the_largest() -> None:
     weight = normal(24, 32, seed=3)
-    factors, _ = run(MagnitudeConfig(), weight, inputs())
+    factors, _ = run(MagnitudeConfig(), weight, correlated())
     kept, flat = factors.support().numpy().ravel(), weight.abs().numpy().ravel()
     assert set(np.argsort(-flat)[: kept.sum()]) == set(kept.nonzero()[0])
     assert torch.equal(factors.to_dense()[factors.support()], weight[factors.support()].bfloat16().float())
 
 
 def test_wanda_weighs_by_the_inputs_and_compares_within_an_output() -> None:
-    weight, X = normal(24, 32, seed=3), inputs()
+    weight, X = normal(24, 32, seed=3), correlated()
     factors, _ = run(WandaConfig(), weight, X)
     kept = factors.support().numpy()
     score = weight.abs().double().numpy() * np.sqrt((X.double().numpy() ** 2).sum(0))
@@ -131,7 +110,7 @@ def test_wanda_weighs_by_the_inputs_and_compares_within_an_output() -> None:
 @pytest.mark.parametrize("pattern", ["rows", "2:4", "1:2", "4x2", "1x32", "24x1"])
 def test_patterns_hold(name: str, pattern: str) -> None:
     weight = normal(24, 32, seed=3)
-    factors, _ = run(config_of(name, pattern=pattern), weight, inputs(), 0.4375)
+    factors, _ = run(config_of(name, pattern=pattern), weight, correlated(), 0.4375)
     kept = factors.support()
     if pattern == "rows":
         assert set(kept.sum(1).tolist()) == {factors.spec.nonzeros // 24}
@@ -148,7 +127,7 @@ def test_patterns_hold(name: str, pattern: str) -> None:
 @every_method
 @pytest.mark.parametrize("pattern", ["any", "2:4", "4x2"])
 def test_a_refit_never_hurts_and_mostly_helps(name: str, pattern: str) -> None:
-    weight, X = normal(24, 32, seed=3), inputs()
+    weight, X = normal(24, 32, seed=3), correlated()
     as_they_are, plain = run(config_of(name, pattern=pattern), weight, X)
     moved, refitted = run(config_of(name, pattern=pattern, refit=True), weight, X)
     assert torch.equal(as_they_are.support(), moved.support())
@@ -156,13 +135,13 @@ def test_a_refit_never_hurts_and_mostly_helps(name: str, pattern: str) -> None:
 
 
 def test_surgery_beats_scores_alone_on_correlated_inputs() -> None:
-    weight, X = normal(24, 32, seed=3), inputs()
+    weight, X = normal(24, 32, seed=3), correlated()
     errors = [run(config_of(name), weight, X, 0.5)[1].relative_error for name in ("sparsegpt", "wanda", "magnitude")]
     assert errors == sorted(errors)
 
 
 def test_more_bytes_hurt_less() -> None:
-    weight, X = normal(24, 32, seed=3), inputs()
+    weight, X = normal(24, 32, seed=3), correlated()
     for name in PRUNING:
         errors = [run(config_of(name), weight, X, ratio)[1].relative_error for ratio in (0.1, 0.3, 0.5, 0.7)]
         assert errors == sorted(errors)
@@ -182,7 +161,7 @@ def test_a_pattern_that_does_not_fit_the_shape_is_refused(pattern: str) -> None:
 
 @every_method
 def test_silent_inputs_and_zero_weights(name: str) -> None:
-    weight, X = normal(24, 32, seed=3), inputs()
+    weight, X = normal(24, 32, seed=3), correlated()
     X[:, 5:9] = 0
     for options in ({}, {"refit": True}):
         factors, report = run(config_of(name, **options), weight, X)

@@ -1,5 +1,6 @@
 """Quantisation alone: its size to the byte, its error against the inputs themselves, and what it refuses."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from lexigram.calibration.gram import Gram, GramAccumulator
+import drawn
+from drawn import gram_of, normal
 from lexigram.factors import Dense, DenseSpec, Factor, Integer, factor_spec
 from lexigram.methods import AnyMethod, Budget, BudgetTooSmallError, FitReport, QuantizeConfig, fit, layout
+from oracles import output_error
 
 CONFIGS: dict[str, QuantizeConfig] = {
     "gptq": QuantizeConfig(value_bits=4),
@@ -28,22 +31,7 @@ CONFIGS: dict[str, QuantizeConfig] = {
 }
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(tokens: int = 400, width: int = 64, seed: int = 1) -> Tensor:
-    """Inputs with strong and weak directions over two orders of magnitude, in no direction of the channels."""
-    mixing = torch.linalg.qr(normal(width, width, seed=seed)).Q
-    return normal(tokens, width, seed=seed + 1) * torch.logspace(0, -2, width) @ mixing
-
-
-def gram_of(X: Tensor) -> Gram:
-    accumulator = GramAccumulator()
-    accumulator.add(X)
-    return accumulator.result("test")
+correlated = partial(drawn.correlated, width=64)
 
 
 def run(config: QuantizeConfig, weight: Tensor, X: Tensor) -> tuple[Factor, FitReport]:
@@ -52,12 +40,6 @@ def run(config: QuantizeConfig, weight: Tensor, X: Tensor) -> tuple[Factor, FitR
     assert factors.spec == spec, "what was planned is what was made"
     factors.check()
     return factors, report
-
-
-def output_error(weight: Tensor, factors: Factor, X: Tensor) -> float:
-    """``||X W^T - X W^^T|| / ||X W^T||`` from the inputs, in float64."""
-    wanted = X.double() @ weight.double().T
-    return float((wanted - X.double() @ factors.to_dense(torch.float64).T).norm() / wanted.norm())
 
 
 # --- budgets -----------------------------------------------------------------------------------------------------

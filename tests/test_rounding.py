@@ -1,6 +1,7 @@
 """Rounding that carries its error: against GPTQ as published, the exact least-squares step, and each row by itself."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import drawn
+from drawn import SINGULAR, singular_gram
 from lexigram.linalg.rounding import activation_order, round_carrying, round_carrying_on_support
 
 STEP = 0.25
 
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+normal = partial(drawn.normal, dtype=torch.float64)
 
 
 def correlated_gram(width: int, seed: int = 0, decades: float = 2.0) -> Tensor:
@@ -137,20 +138,7 @@ def test_uncorrelated_inputs_carry_nothing(gram: Tensor, damping: float) -> None
     assert torch.equal(round_carrying(values, gram, to_step, damping=damping), to_step(values))
 
 
-def singular_gram(kind: str) -> Tensor:
-    X = normal(100, 24)
-    if kind == "few tokens":
-        X = X[:5]
-    elif kind == "dead channels":
-        X[:, 3:7] = 0
-    elif kind == "duplicate channels":
-        X[:, 3:7] = X[:, :1]
-    elif kind == "nothing":
-        X[:] = 0
-    return X.T @ X
-
-
-@pytest.mark.parametrize("kind", ["few tokens", "dead channels", "duplicate channels", "nothing"])
+@pytest.mark.parametrize("kind", SINGULAR)
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 def test_singular_grams(kind: str, damping: float) -> None:
     values, gram = normal(9, 24), singular_gram(kind)
@@ -232,24 +220,6 @@ def test_with_every_column_kept_it_is_the_dense_rounding() -> None:
     assert torch.allclose(found[:, order.argsort()], round_carrying(values, gram, to_step, order=order), atol=1e-9)
 
 
-@pytest.mark.parametrize("batch", [None, 3])
-def test_padding_at_the_end_changes_nothing(batch: int | None) -> None:
-    values, positions, gram = normal(11, 9), random_positions(11, 9, 30), correlated_gram(30)
-    lengths = torch.arange(11) % 10
-    valid = torch.arange(9) < lengths[:, None]
-    padded, places = values.masked_fill(~valid, torch.nan), positions.masked_fill(~valid, -7)
-    found = round_carrying_on_support(padded, places, gram, uneven_by_row, valid=valid, batch=batch)
-    assert bool((found[~valid] == 0).all())
-    for row, length in enumerate(lengths.tolist()):
-        alone = round_carrying_on_support(
-            values[[row], :length],
-            positions[[row], :length],
-            gram,
-            lambda targets, at, row=row: uneven_by_row(targets, (slice(row, row + 1), at[1])),
-        )
-        assert torch.allclose(found[[row], :length], alone, atol=1e-9)
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(6, 24))
 def test_on_supports_the_error_is_lower_too(seed: int, entries: int) -> None:
@@ -262,7 +232,7 @@ def test_on_supports_the_error_is_lower_too(seed: int, entries: int) -> None:
     assert squared_error(full(values), full(found), gram) < squared_error(full(values), full(nearest), gram)
 
 
-@pytest.mark.parametrize("kind", ["few tokens", "dead channels", "duplicate channels", "nothing"])
+@pytest.mark.parametrize("kind", SINGULAR)
 def test_singular_grams_on_supports_are_floored_row_by_row(kind: str) -> None:
     values, positions, gram = normal(11, 9), random_positions(11, 9, 24), singular_gram(kind)
     together = round_carrying_on_support(values, positions, gram, to_step, damping=0.0)

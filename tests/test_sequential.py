@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lexigram
 from conftest import TOYS, build_toy, toy_folder
+from drawn import normal
 from lexigram import LexigramError, Recipe
 from lexigram.calibration.gram import CrossAccumulator, GramAccumulator
 from lexigram.calibration.passes import plain_grams, sequential_grams
@@ -23,10 +24,6 @@ from lexigram.gram import AIM_DAMPING, Gram
 from lexigram.targets import decoder_layers, find_targets, weight_of
 
 IDS = torch.randint(3, 200, (5, 24), generator=torch.Generator().manual_seed(0))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # --- the aim -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import struct
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,15 +39,6 @@ def tiny_model(vocabulary: int = 258, seed: int = 0, **more: object) -> LlamaFor
             "pad_token_id": None,
         }
         return LlamaForCausalLM(LlamaConfig(**(settings | more))).eval()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from lexigram.comparing import Comparison, compare
 from lexigram.comparison import Row
+from lexigram.comparison_planning import ComparisonSettings
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate
 from lexigram.methods import CospadiConfig, QuantizeConfig, SvdConfig
@@ -15,6 +16,7 @@ from lexigram.pipeline import compress
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Calibration, Recipe
 from lexigram.records import RunRecord
+from lexigram.redundancy_plot import plot_redundancy
 from lexigram.source import Source
 from lexigram.transformers_io import export_dense, load
 
@@ -23,6 +25,7 @@ __version__ = version("lexigram")
 __all__ = [
     "Calibration",
     "Comparison",
+    "ComparisonSettings",
     "CospadiConfig",
     "Evaluation",
     "LexigramError",
@@ -39,4 +42,5 @@ __all__ = [
     "export_dense",
     "load",
     "plan",
+    "plot_redundancy",
 ]

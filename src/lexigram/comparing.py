@@ -15,19 +15,27 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lexigram.calibration.sampling import sample_sequences
 from lexigram.calibration.tokens import TokenSequences
 from lexigram.comparison import DENSE, Row, markdown, summary
-from lexigram.comparison_planning import MODELS, ROWS, TABLE, ComparisonPlan, Job, Reading, plan_comparison
+from lexigram.comparison_planning import (
+    MODELS,
+    ROWS,
+    TABLE,
+    ComparisonPlan,
+    ComparisonSettings,
+    Job,
+    Reading,
+    plan_comparison,
+)
 from lexigram.errors import LexigramError
 from lexigram.evaluation import evaluate
 from lexigram.jsonfiles import read_json, write_json
-from lexigram.pipeline import compress
+from lexigram.pipeline import compress, sampled
 from lexigram.planning import Plan
 from lexigram.plots import draw, plot_files
 from lexigram.recipe import Recipe
 from lexigram.records import machine, versions
-from lexigram.running import Silent, Stages
+from lexigram.running import Silent, Stages, counted
 from lexigram.staging import RUN_FILE
 from lexigram.transformers_io import open_model
 
@@ -72,15 +80,9 @@ class Comparison:
 def compare(
     recipes: Mapping[str, Recipe],
     out: str | Path,
-    texts: Sequence[str],
+    settings: ComparisonSettings,
     *,
-    ratios: Sequence[float] = (),
-    seeds: Sequence[int] = (),
-    context: int = 1024,
-    windows: int | None = None,
-    dtype: str = "auto",
     overwrite: bool = False,
-    drop_models: bool = False,
 ) -> Comparison:
     """Compress one model by several recipes on one calibration, and measure every result.
 
@@ -89,19 +91,7 @@ def compare(
     Raises:
         LexigramError: as these do.
     """
-    prepared = plan_comparison(
-        recipes,
-        out,
-        texts,
-        ratios=ratios,
-        seeds=seeds,
-        context=context,
-        windows=windows,
-        dtype=dtype,
-        overwrite=overwrite,
-        drop_models=drop_models,
-    )
-    return run_comparison(prepared)
+    return run_comparison(plan_comparison(recipes, out, settings, overwrite=overwrite))
 
 
 def run_comparison(
@@ -187,7 +177,8 @@ def _row(
     if not job.kept:
         if planned.tokens is None:
             seed = job.recipe.calibration.seed
-            samples[seed] = samples.get(seed) or _sampled(planned, progress)
+            if seed not in samples:
+                samples[seed] = sampled(planned, planned.source.model(planned.device), progress)
             planned = replace(planned, tokens=samples[seed])
         compress(job.recipe, folder, overwrite=prepared.overwrite, progress=progress, prepared=planned)
     run = read_json(folder / RUN_FILE)
@@ -209,21 +200,6 @@ def _row(
     return _kept(prepared.out, row)
 
 
-def _sampled(planned: Plan, progress: Stages) -> TokenSequences:
-    """The calibration from the model itself; once a seed, whatever the number of recipes."""
-    calibration = planned.recipe.calibration
-    model = planned.source.model(planned.device)
-    with progress.stage("sample calibration text", calibration.sequences) as step:
-        return sample_sequences(
-            model,
-            planned.source.tokenizer(),
-            calibration.sequences,
-            planned.length,
-            calibration.seed,
-            progress=_Steps(step),
-        )
-
-
 def _evaluated(
     reading: Reading, model: PreTrainedModel, tokenizer: Any, reference: PreTrainedModel | None, progress: Stages
 ) -> dict[str, Any]:
@@ -236,7 +212,7 @@ def _evaluated(
             context=reading.context,
             windows=reading.windows,
             reference=reference,
-            progress=_Steps(step),
+            progress=counted(step),
         )
     return {
         "text": ", ".join(Path(name).name for name in reading.texts),
@@ -247,18 +223,6 @@ def _evaluated(
         "versions": versions(),
         "command": " ".join(sys.argv),
     }
-
-
-class _Steps:
-    """Progress that is told (done, total), for a stage that counts single steps."""
-
-    def __init__(self, step: Callable[[], None]) -> None:
-        self._step, self._done = step, 0
-
-    def __call__(self, done: int, _total: int) -> None:
-        for _ in range(done - self._done):
-            self._step()
-        self._done = done
 
 
 def _kept(out: Path, row: Row) -> Row:

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lexigram.allocation.units import Allocation
 from lexigram.calibration.text import read_texts
@@ -23,14 +23,42 @@ from lexigram.errors import LexigramError
 from lexigram.jsonfiles import check_writable, read_json
 from lexigram.planning import Plan, plan
 from lexigram.plots import missing
-from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Recipe
+from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Names, Recipe
 from lexigram.running import check_context
+from lexigram.shown import BUDGET, CALIBRATION, EVALUATION, MACHINE, Shown
 from lexigram.source import Source
 from lexigram.staging import RUN_FILE, check_target
 
 TABLE = "table.json"
 ROWS, MODELS, CACHE = "rows", "models", "cache"
 """Folders in that of a comparison."""
+
+
+class ComparisonSettings(BaseModel):
+    """What is compared besides the recipes, and on which text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    texts: Annotated[Names, Shown(name="text", short="-t", metavar="TEXT...")] = Field(
+        description="To evaluate on: .txt or .jsonl files, `demo`, or `hub:NAME`."
+    )
+    ratios: Annotated[
+        tuple[float, ...], Shown(BUDGET, "ratio", "-r", metavar="RATIO...", none="each recipe's own, or 0.2")
+    ] = Field(default=(), description="Every recipe at each of these.")
+    seeds: Annotated[
+        tuple[int, ...],
+        Shown(CALIBRATION, "calibration-seed", "--seeds", metavar="SEED...", none="the recipes' own, or 0"),
+    ] = Field(default=(), description="Decides which sequences are drawn. Of several the table shows means.")
+    context: Annotated[int, Shown(EVALUATION)] = Field(default=1024, description="Tokens a window.")
+    windows: Annotated[int | None, Shown(EVALUATION)] = Field(
+        default=None, description="Only the first so many windows."
+    )
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Shown(EVALUATION)] = Field(
+        default="auto", description="Of what is not compressed while it is evaluated."
+    )
+    drop_models: Annotated[bool, Shown(MACHINE)] = Field(
+        default=False, description="Remove each model once it is evaluated."
+    )
 
 
 @dataclass(frozen=True)
@@ -107,17 +135,7 @@ class ComparisonPlan:
 
 
 def plan_comparison(
-    recipes: Mapping[str, Recipe],
-    out: str | Path,
-    texts: Sequence[str],
-    *,
-    ratios: Sequence[float] = (),
-    seeds: Sequence[int] = (),
-    context: int = 1024,
-    windows: int | None = None,
-    dtype: str = "auto",
-    overwrite: bool = False,
-    drop_models: bool = False,
+    recipes: Mapping[str, Recipe], out: str | Path, settings: ComparisonSettings, *, overwrite: bool = False
 ) -> ComparisonPlan:
     """Plan every row, and find those that an earlier comparison left in `out`; nothing is written.
 
@@ -126,14 +144,8 @@ def plan_comparison(
     Args:
         recipes: by the names of their rows; of one model, with one calibration.
         out: a folder that does not exist, is empty, or holds a comparison.
-        texts: what is evaluated on, as `lexigram eval --text` takes it.
-        ratios: every recipe at each of them, in place of its own.
-        seeds: every recipe with each of them as the seed of its calibration, in place of its own.
-        context: tokens a window.
-        windows: only the first so many.
-        dtype: of what is not compressed, while it is evaluated.
+        settings: the texts to evaluate on, and how; at which ratios, with which calibration seeds.
         overwrite: make rows again that were made from something else.
-        drop_models: remove every model as soon as its row is there.
 
     Raises:
         LexigramError: for what all rows have in common (model, text, calibration, folder), where no recipe can be planned, and
@@ -144,9 +156,9 @@ def plan_comparison(
     _check_folder(out)
     first = next(iter(recipes.values()))
     source = Source.resolve(first.model)
-    reading = _read(source, texts, context, windows, dtype, first.device)
+    reading = _read(source, settings, first.device)
     origin = {**reading.made_from, "model_file_bytes": source.file_bytes()}
-    jobs = _planned(_jobs(recipes, ratios, seeds, origin), out / CACHE)
+    jobs = _planned(_jobs(recipes, settings, origin), out / CACHE)
     from_dense = {"model": first.model, "device": first.device, **origin}
     prepared = ComparisonPlan(
         model=first.model,
@@ -156,7 +168,7 @@ def plan_comparison(
         dense=_found(out, DENSE, from_dense, overwrite=overwrite),
         jobs=[_resumed(job, out, overwrite=overwrite) for job in jobs],
         overwrite=overwrite,
-        drop_models=drop_models,
+        drop_models=settings.drop_models,
         plotless=missing(),
     )
     _check_disk(prepared)
@@ -193,23 +205,22 @@ def _check_folder(out: Path) -> None:
     check_writable(out / TABLE)
 
 
-def _read(source: Source, texts: Sequence[str], context: int, windows: int | None, dtype: str, device: str) -> Reading:
+def _read(source: Source, settings: ComparisonSettings, device: str) -> Reading:
+    context, windows = settings.context, settings.windows
     if context < 2 or (windows is not None and windows < 1):
         raise LexigramError(f"context {context} with windows {windows} leaves nothing to score; raise the lower one")
-    content = read_texts(texts, demo_part="evaluation")
+    content = read_texts(settings.texts, demo_part="evaluation")
     check_context(source.skeleton(), context, "context")
     tokens = token_ids(source.tokenizer(), content).numel()
-    return Reading(tuple(texts), content, context, windows, tokens, dtype, resolve_device(device))
+    return Reading(settings.texts, content, context, windows, tokens, settings.dtype, resolve_device(device))
 
 
-def _jobs(
-    recipes: Mapping[str, Recipe], ratios: Sequence[float], seeds: Sequence[int], origin: Mapping[str, Any]
-) -> list[Job]:
+def _jobs(recipes: Mapping[str, Recipe], settings: ComparisonSettings, origin: Mapping[str, Any]) -> list[Job]:
     """Every recipe at every ratio with every seed, not yet planned."""
     found = []
     for stem, recipe in recipes.items():
-        for ratio in dict.fromkeys(ratios) or (None,):
-            for seed in dict.fromkeys(seeds) or (None,):
+        for ratio in dict.fromkeys(settings.ratios) or (None,):
+            for seed in dict.fromkeys(settings.seeds) or (None,):
                 own = _changed(recipe, stem, ratio, seed)
                 parts = (stem, None if ratio is None else f"{ratio:g}", None if seed is None else f"seed{seed}")
                 found.append(

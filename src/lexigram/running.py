@@ -33,6 +33,19 @@ class Silent:
         return nullcontext(lambda: None)
 
 
+def counted(step: Callable[[], None]) -> Progress:
+    """Progress for what tells (done, total), from a stage that counts single steps."""
+    counter = 0
+
+    def progress(done: int, _total: int) -> None:
+        nonlocal counter
+        for _ in range(done - counter):
+            step()
+        counter = done
+
+    return progress
+
+
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients; each module's own mode comes back afterwards."""

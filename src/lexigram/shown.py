@@ -1,11 +1,13 @@
-"""What a field of a recipe, or of a method's config, may say about its option on the command line besides its description.
+"""What a field of a recipe, of a method's config or of a comparison's settings may say about its option on the command line
+besides its description.
 
-The fields stand in `recipe` and `methods`, which know no command line; `cli.options` makes the options of them.
+The fields stand in `recipe`, `methods` and `comparison_planning`, which know no command line; `cli.options` makes the options.
 """
 
 from dataclasses import dataclass
 
 BUDGET, FORM, CALIBRATION, MACHINE = "What and how much", "Form", "Calibration", "Machine and output"
+EVALUATION = "Evaluation"
 """Panels of the help; a method's solver has one of its own."""
 
 
@@ -16,9 +18,9 @@ class Shown:
     Args:
         panel: where the help shows the option.
         name: the option's, where the field's own would be taken for another.
-        short: a second, short spelling, such as `-r`.
+        short: a second spelling, such as `-r`.
         metavar: what stands for the value; choices stand for themselves.
-        none: what the default None comes to, in words.
+        none: what a default of None or of no values comes to, in words.
         option: False for a field that no option sets.
     """
 

@@ -97,13 +97,8 @@ class LayerRunner:
         """How many decoder layers there are."""
         return len(self._layers)
 
-    def run_rest(self) -> None:
-        """Run what comes after the last layer (final norm, lm_head), given the hidden states of the last layer."""
-        for _ in self.rest():
-            pass
-
     def rest(self) -> Iterator[None]:
-        """`run_rest`, batch by batch."""
+        """Run what comes after the last layer (final norm, lm_head) on its hidden states, batch by batch."""
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             with self._standing_in([lambda *_args, hidden=hidden, **_kwargs: self._wrap(hidden)] * len(self._layers)):
                 self._forward(batch)

@@ -9,12 +9,13 @@ import typer
 from typer.core import TyperCommand
 
 from lexigram import report
-from lexigram.cli.arguments import AUTO_DTYPE, DtypeName, Model
-from lexigram.cli.recipes import OPTIONS
+from lexigram.cli.arguments import DtypeName, Model
+from lexigram.cli.options import Option
+from lexigram.cli.recipes import OPTIONS, declared
 from lexigram.cli.screen import console, errors, say
 from lexigram.comparing import Comparison, run_comparison
 from lexigram.comparison import DENSE, Row, perplexity, table
-from lexigram.comparison_planning import ComparisonPlan, plan_comparison
+from lexigram.comparison_planning import ComparisonPlan, ComparisonSettings, plan_comparison
 from lexigram.errors import LexigramError
 from lexigram.progress import Bars, drawing
 from lexigram.recipe import Recipe, merge
@@ -24,86 +25,31 @@ EXAMPLES = (
     "lexigram compare demo --recipes svd.yaml wanda.yaml --ratio 0.2 0.4 --calibration demo --text demo --out compared",
     "lexigram compare ./model --recipes *.yaml --seeds 0 1 --calibration c4.jsonl --text wiki.test.txt --out compared",
 )
-_EVALUATION = "Evaluation"
-
-
-def _of_field(name: str, *spellings: str, **changes: Any) -> Any:
-    """The option of a recipe's field, as `lexigram compress` has it."""
-    option = OPTIONS[name]
-    told = {"metavar": option.metavar, "help": option.help, "rich_help_panel": option.panel, **changes}
-    return typer.Option(option.written, *spellings, **told)
+_OWN = {key: Option("settings", key, {"comparison": field}) for key, field in ComparisonSettings.model_fields.items()}
+_RECIPES = (
+    "YAML files with any of the settings of a recipe.yaml, such as `method: {name: wanda}`; a row has its file's name."
+)
+_OUT = "Folder for rows, models, table and plot. What is there already is not made again."
+_OVERWRITE = "Replace rows that were made from other recipes, texts or windows."
 
 
 def compare(
     model: Model,
-    recipes: Annotated[
-        list[Path],
-        typer.Option(
-            metavar="FILE...",
-            help="YAML files with any of the settings of a recipe.yaml, such as `method: {name: wanda}`; a row has its file's "
-            "name.",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", help="Folder for rows, models, table and plot. What is there already is not made again."
-        ),
-    ],
-    text: Annotated[
-        list[str],
-        typer.Option(
-            "--text", "-t", metavar="TEXT...", help="To evaluate on: .txt or .jsonl files, `demo`, or `hub:NAME`."
-        ),
-    ],
-    ratio: Annotated[
-        list[float] | None,
-        _of_field(
-            "ratio",
-            "-r",
-            metavar="RATIO...",
-            help="Every recipe at each of these. [default: each recipe's own, or 0.2]",
-        ),
-    ] = None,
-    calibration: Annotated[list[str] | None, _of_field("calibration", "-c", metavar="TEXT...")] = None,
-    sequences: Annotated[int | None, _of_field("sequences")] = None,
-    length: Annotated[int | None, _of_field("length")] = None,
-    calibration_seed: Annotated[
-        list[int] | None,
-        _of_field(
-            "calibration_seed",
-            "--seeds",
-            metavar="SEED...",
-            help="Decides which sequences are drawn. Of several the table shows means. [default: the recipes' own, or 0]",
-        ),
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=_EVALUATION)] = 1024,
-    windows: Annotated[
-        int | None, typer.Option(help="Only the first so many windows.", rich_help_panel=_EVALUATION)
-    ] = None,
-    dtype: Annotated[
-        DtypeName,
-        typer.Option(
-            metavar="DTYPE",
-            help=f"Of what is not compressed while it is evaluated: {', '.join(name.value for name in DtypeName)}.",
-            rich_help_panel=_EVALUATION,
-        ),
-    ] = AUTO_DTYPE,
-    device: Annotated[str | None, _of_field("device")] = None,
-    drop_models: Annotated[
-        bool,
-        typer.Option(
-            "--drop-models", metavar="", help="Remove each model once it is evaluated.", rich_help_panel=MACHINE
-        ),
-    ] = False,
+    recipes: Annotated[list[Path], typer.Option(metavar="FILE...", help=_RECIPES)],
+    out: Annotated[Path, typer.Option("--out", "-o", help=_OUT)],
+    texts: Annotated[list[str], declared(_OWN["texts"], rich_help_panel=None)],
+    ratios: Annotated[list[float] | None, declared(_OWN["ratios"])] = None,
+    calibration: Annotated[list[str] | None, declared(OPTIONS["calibration"], metavar="TEXT...")] = None,
+    sequences: Annotated[int | None, declared(OPTIONS["sequences"])] = None,
+    length: Annotated[int | None, declared(OPTIONS["length"])] = None,
+    seeds: Annotated[list[int] | None, declared(_OWN["seeds"])] = None,
+    context: Annotated[int | None, declared(_OWN["context"])] = None,
+    windows: Annotated[int | None, declared(_OWN["windows"])] = None,
+    dtype: Annotated[DtypeName | None, declared(_OWN["dtype"])] = None,
+    device: Annotated[str | None, declared(OPTIONS["device"])] = None,
+    drop_models: Annotated[bool, declared(_OWN["drop_models"])] = False,
     overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            metavar="",
-            help="Replace rows that were made from other recipes, texts or windows.",
-            rich_help_panel=MACHINE,
-        ),
+        bool, typer.Option("--overwrite", metavar="", help=_OVERWRITE, rich_help_panel=MACHINE)
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Print the plan and stop.", rich_help_panel=MACHINE)
@@ -116,18 +62,18 @@ def compare(
     MODEL stands before the options that take several values.
     """
     common = {"text": calibration or None, "sequences": sequences, "length": length}
-    prepared = plan_comparison(
-        _recipes(recipes, {"model": model, "device": device}, common),
-        out,
-        text,
-        ratios=ratio or (),
-        seeds=calibration_seed or (),
-        context=context,
-        windows=windows,
-        dtype=dtype.value,
-        overwrite=overwrite,
-        drop_models=drop_models,
-    )
+    given = {
+        "texts": texts,
+        "ratios": ratios,
+        "seeds": seeds,
+        "context": context,
+        "windows": windows,
+        "dtype": dtype and dtype.value,
+        "drop_models": drop_models,
+    }
+    settings = ComparisonSettings.model_validate({key: value for key, value in given.items() if value is not None})
+    read = _recipes(recipes, {"model": model, "device": device}, common)
+    prepared = plan_comparison(read, out, settings, overwrite=overwrite)
     _show_plan(prepared)
     if dry_run:
         return

@@ -1,7 +1,7 @@
 """A field of a pydantic model as the command line sees it: its mark, its choices, its type, its default in words."""
 
 from collections.abc import Mapping
-from types import NoneType, UnionType
+from types import GenericAlias, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -31,8 +31,8 @@ def value_type(field: FieldInfo) -> Any:
     annotation = _without_none(field.annotation)
     if annotation in (bool, int, float, str):
         return annotation
-    if annotation == tuple[str, ...]:
-        return list[str]
+    if get_origin(annotation) is tuple:
+        return GenericAlias(list, get_args(annotation)[:1])
     found = {type(choice) for choice in choices(field)}
     if len(found) != 1:
         raise TypeError(f"no option can be made of {annotation}; mark the field with Shown(option=False)")
@@ -42,12 +42,12 @@ def value_type(field: FieldInfo) -> Any:
 def default(field: FieldInfo) -> str:
     """In words; `none` for nothing, `on` and `off` for a flag."""
     value = field.default
-    if value is None:
+    if field.is_required() or value is None or value == ():
         return marked(field).none or "none"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return ", ".join(value) or "none"
+        return ", ".join(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -6,7 +6,7 @@ here knows typer; `recipes` makes its parameters.
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -101,7 +101,7 @@ class Option:
         said = " ".join(self._with_methods(text, names) for text, names in texts.items())
         if self.negative:
             said = f"Do not {said[:1].lower()}{said[1:]}"
-        many = " Repeatable." if self.type == list[str] else ""
+        many = " Repeatable." if get_origin(self.type) is list and not (self.metavar or "").endswith("...") else ""
         wide = listed(self.choices, self.name)[1]
         return f"{said}{many}{wide}{f' [default: {self.default}]' if self.default else ''}"
 

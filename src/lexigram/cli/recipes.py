@@ -78,22 +78,22 @@ def _fixed() -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def declared(option: Option, **changes: Any) -> Any:
+    """What typer is told of an option, for the annotation of a parameter that is None where the option is not given."""
+    spellings = filter(None, (option.written, option.shown.short))
+    told = {"metavar": option.metavar, "help": option.help, "rich_help_panel": option.panel}
+    return typer.Option(*spellings, **{**told, **changes})
+
+
 def _parameter(name: str, option: Option) -> inspect.Parameter:
     """An option that is None where it is not given, so that a recipe file keeps its say."""
-    info = typer.Option(
-        None,
-        option.written,
-        *([option.shown.short] if option.shown.short else []),
-        metavar=option.metavar,
-        help=option.help,
-        rich_help_panel=option.panel,
-    )
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=option.type | None)
+    kind: Any = Annotated[option.type | None, declared(option)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
 def _rank(parameter: inspect.Parameter) -> int:
     """Where its panel comes in the help."""
-    said = (parameter.default, *getattr(parameter.annotation, "__metadata__", ()))
+    said = getattr(parameter.annotation, "__metadata__", ())
     return PANELS.index(next((info.rich_help_panel for info in said if isinstance(info, OptionInfo)), None))
 
 

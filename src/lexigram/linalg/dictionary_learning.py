@@ -187,30 +187,14 @@ def learn_shared_dictionary(
     """One dictionary ``(k, in)`` and codes ``(n_l, k)`` for the signals ``W_l L_l^T (n_l, in)`` of several members.
 
     ``metrics`` is `shared_metrics` of the factors ``L_l`` in the order of the signals. The dictionary is in the original
-    space of the inputs; the root mean square of an atom's norms in the members' metrics is 1. A single member is left to
-    `learn_dictionary`, and all else is as there: an atom is without a code where no member uses it. Members count in the
-    objective by their own scale; multiply signals and factor of one by a number to change that.
+    space of the inputs; the root mean square of an atom's norms in the members' metrics is 1. All else is as for the one
+    member of `learn_dictionary`: an atom is without a code where no member uses it. Members count in the objective by their
+    own scale; multiply signals and factor of one by a number to change that.
     """
     began = time.perf_counter()
     _check(signals, atoms, sparsity, iterations, metrics)
     coding, update = coding or HTP(), update or MOD()
     dtype = signals[0].dtype
-    if len(signals) == 1:
-        single = learn_dictionary(
-            signals[0],
-            atoms,
-            sparsity,
-            coding=coding,
-            update=update,
-            start=start,
-            iterations=iterations,
-            tolerance=tolerance,
-            accelerate=accelerate,
-            generator=generator,
-            callback=callback,
-        )
-        dictionary = metrics.leave(*metrics.entered([single.dictionary]))
-        return SharedDictionary(**{**vars(single), "dictionary": dictionary, "codes": (single.codes,)})
     for part, fits in ((coding, not isinstance(coding, Threshold)), (update, isinstance(update, SharedUpdate))):
         if not fits:
             raise ValueError(
@@ -234,20 +218,17 @@ def refit_shared_dictionary(
     codes: Sequence[Tensor],
     dictionary: Tensor,
     metrics: SharedMetrics,
-    *,
-    update: SharedUpdate | None = None,
 ) -> tuple[Tensor, float]:
     """The best shared dictionary ``(k, in)`` of the original space for codes that were changed after learning, and the
     ridge that it needed. Arguments as `learn_shared_dictionary` takes and gives them.
     """
-    update = update or MOD(cg_tolerance=1e-4, cg_steps=50)
     work = metrics.entered([each.detach().to(torch.float32) for each in signals])
     metrics = metrics.to(torch.float32)
     start = metrics.enter(dictionary.to(torch.float32))
     codes = [each.to(torch.float32) for each in codes]
     parts = zip(work, codes, metrics.seen(start), strict=True)
     residuals = [torch.addmm(rows, each, atoms, alpha=-1.0) for rows, each, atoms in parts]
-    found, ridge = update.shared(codes, start, residuals, metrics)
+    found, ridge = MOD(cg_tolerance=1e-4, cg_steps=50).shared(codes, start, residuals, metrics)
     return metrics.leave(found).to(dictionary.dtype), ridge
 
 
@@ -374,6 +355,8 @@ def _check(
 ) -> None:
     if metrics is not None and len(signals) != len(metrics):
         raise ValueError(f"{len(signals)} members but {len(metrics)} metrics; pass one factor for each member")
+    if metrics is not None and len(signals) == 1:
+        raise ValueError("one member shares nothing; pass its signals to learn_dictionary")
     for each in signals:
         if each.ndim != 2 or 0 in each.shape:
             raise ValueError(f"signals are a matrix with one signal a row, got the shape {tuple(each.shape)}")

@@ -20,6 +20,7 @@ STEPS = 16
 ROUNDS = 40
 """Half as many lose some .3 % of the error, twice as many win .2 %."""
 PENALTIES = 0.1, 1.0
+"""The first and the last, as shares of the Gram's diagonal; those between grow geometrically."""
 
 
 def refit(
@@ -61,7 +62,6 @@ def prune(
     *,
     pattern: Pattern = ANYWHERE,
     rounds: int = ROUNDS,
-    penalties: tuple[float, float] = PENALTIES,
     steps: int = STEPS,
     damping: float = 0.0,
 ) -> Pruned:
@@ -77,7 +77,6 @@ def prune(
         kept: how many entries in all; `pattern` may tell.
         pattern: where they may be.
         rounds: of the penalty.
-        penalties: the first and the last, as shares of the Gram's diagonal; those between grow geometrically.
         steps: of the last refit.
         damping: share of the mean diagonal of the Gram that is added to its diagonal.
 
@@ -92,7 +91,7 @@ def prune(
     spectral = (wanted @ basis).mul_(roots)
     support = pattern.choose(wanted.square(), kept)
     sparse, dual = wanted * support, torch.zeros_like(wanted)
-    for penalty, shrink in _growing(*penalties, rounds):
+    for penalty, shrink in _growing(*PENALTIES, rounds):
         # The dual variable is kept in units of the penalty.
         dual.mul_(shrink)
         fitted = torch.addmm(spectral, sparse.sub_(dual), basis, beta=1.0, alpha=penalty)

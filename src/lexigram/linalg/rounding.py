@@ -96,7 +96,6 @@ def round_carrying_on_support(
     gram: Tensor,
     round_column: Callable[[Tensor, tuple[slice, int]], Tensor],
     *,
-    valid: Tensor | None = None,
     batch: int | None = None,
     damping: float = DAMPING,
 ) -> Tensor:
@@ -110,20 +109,19 @@ def round_carrying_on_support(
         gram: (k, k), positive semi-definite; the Gram of row i is ``gram[positions[i]][:, positions[i]]``.
         round_column: ``(targets (b,), (rows, entry)) -> (b,)``: the nearest storable values for ``values[rows, entry]``,
             for a slice of rows at a time.
-        valid: bool (n, s), False at the end of the rows that have fewer entries; by default all are there.
         batch: rows that are factored together, each with its own Gram (s, s); by default as many as have 64 MB of them.
         damping: as in `round_carrying`, of the whole Gram.
 
     Returns:
-        (n, s) in the dtype of `values`; 0 where not valid.
+        (n, s) in the dtype of `values`.
 
     Raises:
         ValueError: where the shapes contradict each other or the Gram is not positive semi-definite.
     """
     rows, entries = values.shape
     _check_gram(gram)
-    if positions.shape != values.shape or (valid is not None and valid.shape != values.shape):
-        raise ValueError(f"positions {tuple(positions.shape)} and valid must have the shape {tuple(values.shape)}")
+    if positions.shape != values.shape:
+        raise ValueError(f"positions {tuple(positions.shape)} must have the shape {tuple(values.shape)}")
     work = _work_dtype(values)
     gram = gram.to(torch.float64)
     added, floor = _added(gram, damping)
@@ -132,26 +130,16 @@ def round_carrying_on_support(
     for start in range(0, rows, batch):
         part = slice(start, min(start + batch, rows))
         wanted, columns = values[part].to(work), positions[part]
-        present = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid[part]
-        wanted = wanted.where(present, 0.0)
+        own = gram[columns[:, :, None], columns[:, None, :]]
         lost = torch.zeros_like(wanted)
         # The factor runs from the last entry to the first: reversed, it ends where the rounding begins.
-        carry = _carry(_own_grams(gram, columns, present).flip(1, 2), added, floor).to(work).flip(1, 2)
+        carry = _carry(own.flip(1, 2), added, floor).to(work).flip(1, 2)
         for entry in range(entries):
             target = wanted[:, entry] + torch.linalg.vecdot(carry[:, entry, :entry], lost[:, :entry])
-            found = round_column(target, (part, entry)).to(work).where(present[:, entry], 0.0)
+            found = round_column(target, (part, entry)).to(work)
             lost[:, entry] = wanted[:, entry] - found
             rounded[part, entry] = found.to(values.dtype)
     return rounded
-
-
-def _own_grams(gram: Tensor, columns: Tensor, present: Tensor) -> Tensor:
-    """The Gram (b, s, s) of each row's columns (b, s); an entry that is absent is uncorrelated with all others."""
-    columns = columns.where(present, 0)
-    own = gram[columns[:, :, None], columns[:, None, :]]
-    own.masked_fill_(~(present[:, :, None] & present[:, None, :]), 0.0)
-    own.diagonal(dim1=1, dim2=2).masked_fill_(~present, 1.0)
-    return own
 
 
 def _carry(gram: Tensor, added: Tensor, floor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pruning in one pass: the error of what is dropped, or rounded, in a column is carried on to the columns still to come.
+"""Pruning in one pass: the error of what is dropped in a column is carried on to the columns still to come.
 
 This is SparseGPT (Frantar and Alistarh, arXiv 2301.00774), an optimal brain surgeon that goes from column to column in
 one order for all rows, as `rounding` does: with the damped Gram ``H = L^T L``, ``L`` lower triangular in that order, the
@@ -9,7 +9,6 @@ score, its diagonal of the factored inverse being ``1 / L_jj``. No inverse is fo
 Values only; a support that was chosen elsewhere is fitted better by `pruning.refit`.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,7 +32,6 @@ def surgeon(
     *,
     pattern: Pattern = ANYWHERE,
     order: Tensor | None = None,
-    round_column: Callable[[Tensor, int], Tensor] | None = None,
     block: int = 128,
     damping: float = DAMPING,
 ) -> Pruned:
@@ -46,8 +44,6 @@ def surgeon(
         pattern: where they may be.
         order: the columns (in,) in the order in which they are settled; by default from left to right. Columns that belong
             together in `pattern` stay together: see `settling_order`.
-        round_column: ``(targets (out,), column) -> (out,)``, the nearest storable values, for those that are kept; by
-            default these are kept as they are.
         block: columns among which entries are chosen together, rounded down to whole groups of the pattern.
         damping: share of the mean diagonal of the Gram that is added to its diagonal; `rounding.FLOOR` of the trace where
             this is too little.
@@ -72,7 +68,6 @@ def surgeon(
     wanted = weight.T[order].to(work)
     targets = wanted.clone()
     support = torch.empty(wanted.shape, dtype=torch.bool, device=weight.device)
-    columns: list[int] = order.tolist()
     grain = pattern.grain(shape)
     block = max(1, block // pattern.width) * pattern.width
     window = pattern.width if pattern.fixed else block
@@ -88,8 +83,6 @@ def surgeon(
                 share = (kept // grain * end // cols - kept // grain * row // cols) * grain
                 support[row:end] = pattern.choose((asked.square_() * price[row:end, None]).T, share).T
             target = targets[row] + carry[row, low:row] @ lost[:inside]
-            if round_column is not None:
-                target = round_column(target, columns[row])
             targets[row] = target.where(support[row], 0.0)
             lost[inside] = wanted[row] - targets[row]
         targets[high:].addmm_(carry[high:, low:high], lost)

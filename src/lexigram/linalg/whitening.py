@@ -45,11 +45,11 @@ class Whitening:
         return (rows.to(self.inverse.dtype) @ self.inverse.T).to(rows.dtype)
 
 
-def whiten(gram: Tensor, *, rank_tolerance: float = RANK_TOLERANCE, damping: float = DAMPING) -> Whitening:
+def whiten(gram: Tensor) -> Whitening:
     """Factor a symmetric positive semi-definite Gram ``(d, d)``; works in float64 whatever comes in.
 
     A Gram of certified full rank gets its Cholesky factor and no damping. Any other (fewer tokens than inputs, dead,
-    constant or duplicate channels, all zeros, tiny negative eigenvalues) gets ``damping * trace`` added to its diagonal
+    constant or duplicate channels, all zeros, tiny negative eigenvalues) gets ``DAMPING * trace`` added to its diagonal
     and a factor from its eigendecomposition; the all-zero Gram, which prefers no direction, counts as ``damping = 1``.
     """
     gram = _checked(gram)
@@ -63,13 +63,13 @@ def whiten(gram: Tensor, *, rank_tolerance: float = RANK_TOLERANCE, damping: flo
     if not failed:
         inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
         # trace(G^-1) = ||L^-1||_F^2 >= 1 / lambda_min: a lower bound on the smallest eigenvalue, not an estimate.
-        if 1 / inverse.square().sum() > rank_tolerance * trace:
+        if 1 / inverse.square().sum() > RANK_TOLERANCE * trace:
             return Whitening(lower.T.contiguous(), inverse.T.contiguous(), rank=size, damping=0.0)
 
     values, vectors = torch.linalg.eigh(gram)
-    rank = int((values > rank_tolerance * trace).sum())
+    rank = int((values > RANK_TOLERANCE * trace).sum())
     # The certificate is a bound, so eigh may still find full rank; then nothing needs to be added.
-    added = 0.0 if rank == size else float(damping * trace)
+    added = 0.0 if rank == size else float(DAMPING * trace)
     roots = (values.clamp_min(0.0) + added).sqrt()
     return Whitening(roots[:, None] * vectors.T, vectors / roots, rank=rank, damping=added)
 

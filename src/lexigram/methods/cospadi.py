@@ -8,9 +8,8 @@ brings the dictionary back (the paper's "Gram orthonormalisation").
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Annotated, Literal, NamedTuple, TypedDict
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -36,18 +35,10 @@ from lexigram.linalg.dictionary_learning import (
     OMP,
     TOLERANCE,
     Coding,
-    SharedMetrics,
     Start,
     Threshold,
-    Update,
-    learn_dictionary,
-    learn_shared_dictionary,
-    refit_shared_dictionary,
-    shared_metrics,
 )
-from lexigram.linalg.dictionary_update import POWER_ITERATIONS, mod
-from lexigram.linalg.htp import confine
-from lexigram.linalg.whitening import Whitening
+from lexigram.linalg.dictionary_update import POWER_ITERATIONS
 from lexigram.methods.base import (
     Budget,
     BudgetTooSmallError,
@@ -62,27 +53,14 @@ from lexigram.methods.base import (
     fit_shared,
     layout,
     layout_shared,
-    plain_whitening,
-    pooled,
     relative_error,
     sketch,
 )
+from lexigram.methods.dictionary import DictionaryProblem, SolverParts
 from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec, store_dense, store_sparse
 from lexigram.shown import FORM, Shown
 
 _RHO_SLACK = 0.03  # how far k/s may move from rho to fill a budget of bytes, besides one step of s
-_REFIT_STEPS = 8  # of conjugate gradients, to fit the codes to a dictionary that was rounded
-
-
-class SolverParts(TypedDict):
-    """The exchangeable parts of `learn_dictionary`."""
-
-    coding: Coding
-    update: Update
-    start: Start
-    accelerate: bool
-    iterations: int
-    tolerance: float
 
 
 class CospadiConfig(MethodConfig):
@@ -199,8 +177,10 @@ def _fitted(
     """The stored dictionary of all members, and each one's stored coefficients."""
     start = time.perf_counter()
     weights = [checked_weight(member.weight) for member in members]
-    problem = _Problem.of(config, weights, [member.gram for member in members])
-    learned = problem.learned(config, right.rows, lefts[0].nonzeros // lefts[0].rows, generator)
+    grams = [member.gram for member in members]
+    problem = DictionaryProblem.of(weights, grams, "plain" if config.plain else config.metric)
+    parts = solver(config, problem.inverse, metrics=len(problem.metrics))
+    learned = problem.learned(parts, right.rows, lefts[0].nonzeros // lefts[0].rows, generator)
     codes, atoms = list(learned.codes), learned.dictionary
     dictionary: Factor | None = None
     if right.codec.bits < 16:
@@ -242,115 +222,6 @@ def _fitted(
         )
         for part, weight, member in zip(stored, weights, members, strict=True)
     ]
-
-
-class _Learned(NamedTuple):
-    """Codes by block, dictionary (k, in) in the space of the inputs, and how the solver ended."""
-
-    codes: Sequence[Tensor]
-    dictionary: Tensor
-    objective: Sequence[float]
-    iterations: int
-    replaced: int
-    ridge: float
-    stop: str
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Weights that share one dictionary, in blocks of one metric each: a block's weights stand one below the other.
-
-    `signals` are the blocks' ``W L^T``, `members` names each member's block, in order.
-    """
-
-    metrics: tuple[Whitening, ...]
-    signals: tuple[Tensor, ...]
-    members: tuple[int, ...]
-    rows: tuple[int, ...]
-
-    @classmethod
-    def of(cls, config: CospadiConfig, weights: Sequence[Tensor], grams: Sequence[Gram]) -> "_Problem":
-        """One block for each different Gram, or a single one in the metric of the pooled Gram (`mean`) or none (`plain`)."""
-        if config.plain:
-            metrics, members = [plain_whitening(weights[0])], [0] * len(weights)
-        elif config.metric == "mean":
-            metrics, members = [pooled(grams).whitening], [0] * len(weights)
-        else:
-            different = list({id(gram): gram for gram in grams}.values())
-            metrics = [gram.whitening for gram in different]
-            members = [next(i for i, other in enumerate(different) if other is gram) for gram in grams]
-        signals = [
-            metric.whiten(torch.cat([w for w, of in zip(weights, members, strict=True) if of == block]))
-            for block, metric in enumerate(metrics)
-        ]
-        return cls(tuple(metrics), tuple(signals), tuple(members), tuple(len(weight) for weight in weights))
-
-    @cached_property
-    def shared(self) -> SharedMetrics:
-        """The common coordinates of several metrics."""
-        return shared_metrics([metric.factor for metric in self.metrics])
-
-    def gram(self) -> Tensor:
-        """The sum of the metrics' Grams, (in, in)."""
-        return torch.stack([metric.factor.T @ metric.factor for metric in self.metrics]).sum(0)
-
-    @property
-    def energy(self) -> float:
-        """Squared norm of all signals."""
-        return sum(float(signals.square().sum(dtype=torch.float64)) for signals in self.signals)
-
-    def learned(self, config: CospadiConfig, atoms: int, sparsity: int, generator: torch.Generator) -> _Learned:
-        """Dictionary and codes before any rounding."""
-        if len(self.metrics) > 1:
-            parts = solver(config, metrics=len(self.metrics))
-            many = learn_shared_dictionary(self.signals, self.shared, atoms, sparsity, generator=generator, **parts)
-            return _Learned(
-                many.codes, many.dictionary, many.objective, many.iterations, many.replaced, many.ridge, many.stop
-            )
-        (metric,), (signals,) = self.metrics, self.signals
-        parts = solver(config, metric.inverse)
-        one = learn_dictionary(signals, atoms, sparsity, generator=generator, **parts)
-        dictionary = metric.unwhiten(one.dictionary)
-        return _Learned([one.codes], dictionary, one.objective, one.iterations, one.replaced, one.ridge, one.stop)
-
-    def by_member(self, codes: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        """(block, codes) of every member, in order, from the codes of the blocks."""
-        parts = [
-            iter(part.split([rows for rows, of in zip(self.rows, self.members, strict=True) if of == block]))
-            for block, part in enumerate(codes)
-        ]
-        return [(block, next(parts[block])) for block in self.members]
-
-    def by_block(self, codes: Sequence[Tensor]) -> list[Tensor]:
-        """The inverse of `by_member`."""
-        return [
-            torch.cat([part for part, of in zip(codes, self.members, strict=True) if of == block])
-            for block in range(len(self.metrics))
-        ]
-
-    def atom_gram(self, block: int, atoms: Tensor) -> Tensor:
-        """Inner products (k, k) of atoms (k, in) in the metric of a block."""
-        seen = self.metrics[block].whiten(atoms)
-        return seen @ seen.T
-
-    def recoded(self, codes: Sequence[Tensor], atoms: Tensor) -> list[Tensor]:
-        """The codes refitted on their supports to other atoms."""
-        found = []
-        for signals, part, metric in zip(self.signals, codes, self.metrics, strict=True):
-            seen, refit = metric.whiten(atoms), part.clone()
-            gradient = torch.addmm(signals, refit, seen, alpha=-1.0) @ seen.T
-            confine(seen @ seen.T, gradient, refit, (part != 0).to(part.dtype), _REFIT_STEPS)
-            found.append(refit)
-        return found
-
-    def refitted(self, codes: Sequence[Tensor], atoms: Tensor) -> tuple[Tensor, float]:
-        """The best atoms (k, in) for these codes, and the ridge that they needed."""
-        if len(self.metrics) > 1:
-            return refit_shared_dictionary(self.signals, codes, atoms, self.shared)
-        (metric,), (rows,), (part,) = self.metrics, self.signals, codes
-        seen = metric.whiten(atoms)
-        found, ridge = mod(part, seen, torch.addmm(rows, part, seen, alpha=-1.0))
-        return metric.unwhiten(found), ridge
 
 
 def solver(config: CospadiConfig, inverse: Tensor | None = None, *, metrics: int = 1) -> SolverParts:

@@ -1,0 +1,143 @@
+"""What a run says of its result: the ledger that grows while factors are put in place, and `run.json` made of it.
+
+The record's form is `records`'; here it is filled, and held against what the files really weigh.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lexigram.allocation.units import Allocation
+from lexigram.calibration.tokens import TokenSequences
+from lexigram.factors import Factor, factor_spec
+from lexigram.methods import FitReport
+from lexigram.planning import Plan
+from lexigram.records import LayerRecord, RunRecord, SharedRecord, Stopwatch, machine, peak_memory_bytes, versions
+from lexigram.staging import RUN_FILE
+from lexigram.targets import Target
+from lexigram.transformers_io import SHARED
+
+_UNCOMPRESSED = "not compressed"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The factors that stand in the model already: layers by name, and what several of them share."""
+
+    layers: dict[str, LayerRecord] = field(default_factory=dict)
+    shared: list[SharedRecord] = field(default_factory=list)
+
+    def enter(self, target: Target, factors: Factor, report: FitReport) -> None:
+        """Factors in the place of one weight."""
+        self.layers[target.name] = LayerRecord(
+            name=target.name,
+            kind=target.kind,
+            layer=target.layer,
+            shape=target.shape,
+            site=target.site,
+            factors=factors.spec.model_dump(),
+            bytes_before=target.dense_bytes,
+            bytes_after=factors.spec.bytes,
+            parameters_after=factors.spec.parameters,
+            fit=report,
+        )
+
+    def enter_shared(self, name: str, members: Sequence[str], matrix: Factor) -> None:
+        """A matrix that the factors of `members` refer to by `name`."""
+        spec = matrix.spec
+        self.shared.append(SharedRecord(name=name, members=list(members), factors=spec.model_dump(), bytes=spec.bytes))
+
+    @property
+    def bytes(self) -> int:
+        """Of all layers, what they share counted once."""
+        return sum(layer.bytes_after for layer in self.layers.values()) + sum(shared.bytes for shared in self.shared)
+
+    def matrices(self) -> dict[str, dict[str, Any]]:
+        """Every expression's spec by the name that its tensors begin with."""
+        own = {f"{name}.factors": layer.factors for name, layer in self.layers.items()}
+        return own | {f"{SHARED}.{shared.name}": shared.factors for shared in self.shared}
+
+
+def run_record(
+    folder: Path,
+    prepared: Plan,
+    tokens: TokenSequences,
+    weights_sha256: str,
+    allocation: Allocation,
+    ledger: Ledger,
+    watch: Stopwatch,
+) -> RunRecord:
+    """The content of `run.json`, of a model that lies in `folder`.
+
+    Raises:
+        AssertionError: where the files there do not weigh what the ledger says.
+    """
+    recipe, device = prepared.recipe, prepared.device
+    layers = [ledger.layers[target.name] for target in prepared.targets]
+    before, after = prepared.bytes_before, ledger.bytes
+    weights = sum(target.weight_count for target in prepared.targets)
+    by_kind = _by_kind(stored_bytes(folder), ledger.matrices())
+    uncompressed = by_kind.get(_UNCOMPRESSED, 0)
+    if sum(by_kind.values()) - uncompressed != after:
+        raise AssertionError("the files do not weigh what the ledger says; please report this")
+    return RunRecord(
+        lexigram=versions()["lexigram"],
+        command=" ".join(sys.argv),
+        versions=versions(),
+        machine={**machine(device), "compute_dtype": str(prepared.compute_dtype).removeprefix("torch.")},
+        recipe=recipe.model_dump(mode="json"),
+        model=recipe.model,
+        weights_sha256=weights_sha256,
+        calibration_source=tokens.source,
+        calibration_sha256=tokens.sha256,
+        calibration_tokens=tokens.ids.numel(),
+        requested_ratio=recipe.ratio,
+        ratio=1 - after / before,
+        bits_per_weight=8 * after / weights,
+        parameter_ratio=1 - sum(unit.spec.parameters for unit in allocation.units) / weights,
+        bytes_before=before,
+        bytes_after=after,
+        model_bytes_before=uncompressed + before,
+        model_bytes_after=uncompressed + after,
+        source_file_bytes=prepared.source.file_bytes(),
+        bytes_by_kind=by_kind,
+        mean_relative_error=sum(layer.fit.relative_error for layer in layers) / len(layers),
+        seconds=watch.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        device_peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        stages=watch.stages,
+        files=sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
+        layers=layers,
+        shared=ledger.shared,
+    )
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of every tensor in the weight files of `folder`, by name."""
+    sizes: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                tensor = opened.get_tensor(key)
+                sizes[key] = tensor.numel() * tensor.element_size()
+    return sizes
+
+
+def _by_kind(sizes: Mapping[str, int], matrices: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+    """Bytes by the kind of leaf and the part of it that a tensor is."""
+    promised = {
+        ".".join(filter(None, (name, path, part))): f"{leaf.form} {part}"
+        for name, factors in matrices.items()
+        for path, leaf in factor_spec.validate_python(factors).leaves()
+        for part in leaf.stored()
+    }
+    by_kind: dict[str, int] = {}
+    for name, size in sizes.items():
+        kind = promised.get(name, _UNCOMPRESSED)
+        by_kind[kind] = by_kind.get(kind, 0) + size
+    return by_kind
