@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from lexigram.calibration.gram import Gram, GramAccumulator
+from drawn import correlated, gram_of, normal
+from lexigram.calibration.gram import Gram
 from lexigram.factors import (
     Bfloat,
     Codec,
@@ -43,6 +44,7 @@ from lexigram.methods import (
     OatsConfig,
     QuantizeConfig,
     SparseGptConfig,
+    StructuredConfig,
     SvdConfig,
     WandaConfig,
     fit,
@@ -50,6 +52,7 @@ from lexigram.methods import (
 )
 from lexigram.methods.base import chooses, decompose
 from lexigram.methods.sums import sum_spec
+from oracles import output_error, whole_groups
 
 
 def paper(value_bits: Any = 12, **options: Any) -> CospadiConfig:
@@ -105,26 +108,18 @@ CONFIGS: dict[str, MethodConfig] = {
     "cap": CapConfig(),
     "cap 8 bits": CapConfig(value_bits=8),
     "cap refit": CapConfig(refit=True),
+    "structured": StructuredConfig(),
+    "structured refit": StructuredConfig(refit=True),
+    "structured 8 bits": StructuredConfig(value_bits=8),
 }
 COSPADI = [name for name in CONFIGS if name.startswith("cospadi")]
 
 every_config = pytest.mark.parametrize("name", sorted(CONFIGS))
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def gram_of(X: Tensor) -> Gram:
-    accumulator = GramAccumulator()
-    accumulator.add(X)
-    return accumulator.result("test")
-
-
 def anisotropic(tokens: int = 300, width: int = 32, seed: int = 1) -> Tensor:
     """Inputs as layers have them: correlated, with strong and weak directions over three orders of magnitude."""
-    mixing = torch.linalg.qr(normal(width, width, seed=seed)).Q
-    return normal(tokens, width, seed=seed + 1) * torch.logspace(0, -3, width) @ mixing
+    return correlated(tokens, width, seed, decades=3)
 
 
 def bytes_budget(shape: tuple[int, int], ratio: float) -> Budget:
@@ -185,12 +180,6 @@ def run(
     return factors, report
 
 
-def output_error(weight: Tensor, factors: Factor, X: Tensor) -> float:
-    """``||X W^T - X W^^T|| / ||X W^T||`` from the inputs, in float64."""
-    wanted = X.double() @ weight.double().T
-    return float((wanted - X.double() @ factors.to_dense(torch.float64).T).norm() / wanted.norm())
-
-
 def test_the_table_has_every_method() -> None:
     assert {type(config) for config in CONFIGS.values()} == set(METHODS.values())
     assert all(METHODS[config.name] is type(config) for config in CONFIGS.values())
@@ -216,11 +205,6 @@ def value_bits_of(bits: int, group: int) -> float:
 def rounded_up(bits: int) -> int:
     """Bytes by which a leaf of such values may exceed its bits: whole bytes of values and of zeros, and a whole scale."""
     return 1 if bits >= 10 else 1 + 1 + 2
-
-
-def whole_groups(cols: int, wanted: int) -> int:
-    """The largest divisor of a row that is not above `wanted`."""
-    return max(size for size in range(1, min(cols, wanted) + 1) if cols % size == 0)
 
 
 def step_bytes(config: MethodConfig, out: int, width: int) -> float:
@@ -678,9 +662,12 @@ def test_a_zero_weight_is_represented_exactly(name: str) -> None:
 
 def minimises_the_output_error(config: MethodConfig) -> bool:
     """Whether all correlations between inputs count, and values end where the outputs stay closest. Pruning by scores and cap
-    leave values as they are, oats knows the energy of each input, and sparsegpt settles columns once, in their order.
+    leave values as they are, oats knows the energy of each input, sparsegpt settles columns once, in their order, and a matrix
+    alone has no channels that another one reads.
     """
-    once = isinstance(config, MagnitudeConfig | WandaConfig | SparseGptConfig | OatsConfig | CapConfig)
+    once = isinstance(
+        config, MagnitudeConfig | WandaConfig | SparseGptConfig | OatsConfig | CapConfig | StructuredConfig
+    )
     return not once or config.refit
 
 
@@ -770,7 +757,7 @@ def test_the_published_preset_runs_the_papers_solver(monkeypatch: pytest.MonkeyP
         seen.update(options)
         return genuine(signals, atoms, sparsity, **options | {"iterations": 2})
 
-    monkeypatch.setattr("lexigram.methods.cospadi.learn_dictionary", spy)
+    monkeypatch.setattr("lexigram.methods.dictionary.learn_dictionary", spy)
     run(PRESETS["published"], normal(24, 16), gram_of(anisotropic(width=16)))
     assert isinstance(seen["coding"], dictionary_learning.OMP)
     assert seen["update"] == dictionary_learning.KSVD(power_iterations=8)

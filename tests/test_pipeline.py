@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -46,11 +47,6 @@ PROMISED = {
     "seconds",
     "peak_memory_bytes",
 }
-
-
-@pytest.fixture(scope="session")
-def stories(data: Path) -> Path:
-    return data / "stories260K"
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +103,14 @@ def settled(method: str) -> bool:
     return METHODS[method].allocation == "uniform"
 
 
+def units(method: str, record: RunRecord) -> list[tuple[str, ...]]:
+    """The names that are fitted together: one by one, or a whole attention and a whole MLP."""
+    names = [layer.name for layer in record.layers]
+    if method != "structured":
+        return [(name,) for name in names]
+    return [tuple(members) for _, members in itertools.groupby(names, key=lambda name: name.rpartition(".")[0])]
+
+
 def file_tensors(file: Path) -> dict[str, bytes]:
     """Raw bytes of every tensor, read from the file by the format's own description, not by the library."""
     content = file.read_bytes()
@@ -152,7 +156,7 @@ class TestEveryMethod:
         names = {method} if settled(method) else {variant.name for variant in variants(METHODS[method](name=method))}
         assert method in names
         assert {unit.method.name for unit in used.units} <= names
-        assert all(len(unit.members) == 1 for unit in used.units)
+        assert [unit.members for unit in used.units] == units(method, record)
         assert not list(out.parent.glob(".*"))  # no staging folder is left beside it
 
     def test_the_ledger_is_what_the_files_hold(self, method: str, run: Callable[..., Run], stories: Path) -> None:
@@ -176,7 +180,10 @@ class TestEveryMethod:
         _, record = run(method)
         errors = [layer.fit.relative_error for layer in record.layers]
         assert len(errors) == 35
-        assert all(0 < error < 0.7 for error in errors)
+        assert all(0 < error <= 1 for error in errors)
+        # Of what reads channels: those that are dropped are missed by it alone, and count in full where they came from.
+        read = {names[-1] for names in units(method, record)}
+        assert all(layer.fit.relative_error < 0.7 for layer in record.layers if layer.name in read)
         assert record.mean_relative_error == pytest.approx(sum(errors) / 35)
         assert record.ratio == pytest.approx(1 - record.bytes_after / record.bytes_before)
         assert record.ratio >= record.requested_ratio == 0.3
@@ -225,7 +232,7 @@ class TestEveryMethod:
             assert prepared.uncompressed_bytes == record.model_bytes_after - record.bytes_after
             assert [target.name for target in prepared.targets] == [layer.name for layer in record.layers]
             assert prepared.disk_bytes > record.model_bytes_after
-            assert prepared.groups == [(layer.name,) for layer in record.layers]
+            assert prepared.groups == units(method, record)
             assert prepared.cache is None
             if not settled(method):
                 # The forms are not known before the weights are; what they may take at most is.

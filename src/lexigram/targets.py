@@ -24,6 +24,7 @@ class Target:
 
     `shape` is (out, in) whatever the module stores; `transposed` says that it stores (in, out), as GPT-2's Conv1D does.
     `layer` is the decoder layer's index, None outside of them. `site` names the input: the first target that sees it.
+    `head_dim` is the width of a head where the module around it is an attention, and 1 elsewhere.
     """
 
     name: str
@@ -32,6 +33,12 @@ class Target:
     site: str
     transposed: bool
     bias: bool
+    head_dim: int = 1
+
+    @property
+    def module(self) -> str:
+        """The name of the module around it."""
+        return self.name.rpartition(".")[0]
 
     @property
     def kind(self) -> str:
@@ -72,7 +79,24 @@ def find_targets(skeleton: PreTrainedModel, include: Sequence[str] = (), exclude
     if not chosen:
         raise LexigramError("no linear layer is left to compress; loosen --include and --exclude")
     sites = _input_sites(skeleton, [name for name in linears if name in chosen])
-    return [_target(name, linears[name], container, sites[name]) for name in linears if name in chosen]
+    return [_target(skeleton, name, container, sites[name]) for name in linears if name in chosen]
+
+
+def check_separate(skeleton: PreTrainedModel, targets: Sequence[Target]) -> None:
+    """Raise LexigramError where outputs of a target cannot go without changing the others.
+
+    A sign of that is another parameter of its module that runs over all of its outputs, but for a single head: a norm over
+    all heads, as OLMo 2 has one.
+    """
+    for target in targets:
+        module = skeleton.get_submodule(target.module)
+        for name, parameter in module.named_parameters():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            if parameter.shape == (target.shape[0],) and target.shape[0] != target.head_dim and not is_linear(owner):
+                raise LexigramError(
+                    f"{target.module}.{name} runs over all outputs of {target.name}, so that none can go without changing the "
+                    "others; leave this module out with --exclude, or take another method"
+                )
 
 
 def decoder_layers_name(model: nn.Module) -> str:
@@ -111,7 +135,9 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _target(name: str, module: nn.Module, container: str, site: str) -> Target:
+def _target(skeleton: PreTrainedModel, name: str, container: str, site: str) -> Target:
+    module = skeleton.get_submodule(name)
+    head_dim = getattr(skeleton.get_submodule(name.rpartition(".")[0]), "head_dim", None)
     out_features, in_features = weight_of(module).shape
     inside = name.startswith(f"{container}.")
     return Target(
@@ -121,6 +147,7 @@ def _target(name: str, module: nn.Module, container: str, site: str) -> Target:
         site=site,
         transposed=isinstance(module, Conv1D),
         bias=module.bias is not None,
+        head_dim=head_dim if isinstance(head_dim, int) else 1,
     )
 
 

@@ -1,4 +1,5 @@
-"""Which targets share one dictionary: those of one input, those of neighbouring layers, or pairs that look alike.
+"""Which targets stand together: those that share a dictionary, being of one input, of neighbouring layers or alike, and those
+on both sides of the same channels.
 
 Every rule gives groups of target names in the model's order, with every target in exactly one of them; a group of one is a
 target that shares with none. Nothing is fitted here.
@@ -66,6 +67,55 @@ def siblings(targets: Sequence[Target]) -> set[str]:
     is this rule. It finds none where these are fused into one matrix, as in GPT-2 or Phi-3.
     """
     return {name for names in same_site(targets) if len(names) > 1 for name in names}
+
+
+def coupled(targets: Sequence[Target]) -> list[tuple[str, ...]]:
+    """Of every module the targets on one input and, last, the one whose inputs they make.
+
+    Such are gate, up and down, which have the same channels, and q, k, v and o, whose channels are those of heads. Some of them
+    will do, such as q and o, if the last is there and one before it. Outputs may be fewer where several heads share them.
+
+    Raises:
+        LexigramError: for a target that stands with no others in this way: because they are not among the targets, are fused
+            into one matrix, or the model cannot be traced, which leaves every target its own input.
+    """
+    modules: dict[str, list[Target]] = {}
+    for target in targets:
+        modules.setdefault(target.module, []).append(target)
+    found = {name: _both_sides(members) for name, members in modules.items()}
+    wrong = [name for name, group in found.items() if not group]
+    if wrong:
+        members = ", ".join(f"{target.kind} {target.shape}" for target in modules[wrong[0]])
+        more = f" (and {len(wrong) - 1} more modules)" if wrong[1:] else ""
+        raise LexigramError(
+            f"{members} in {wrong[0]}{more} cannot lose channels together, which takes matrices with one input and the one "
+            "whose inputs they make: not all of these are to be compressed, or they are fused into one; leave the rest of such "
+            "a module out too, with --exclude, or take another method"
+        )
+    return [tuple(target.name for target in group) for group in found.values()]
+
+
+def _both_sides(members: Sequence[Target]) -> list[Target]:
+    """The members of a module with the one last whose inputs the others make; none where it is not so.
+
+    Of two members the later one takes in what the earlier makes: shapes tell no direction, up and down fit both ways round.
+    """
+    sites: dict[str, list[Target]] = {}
+    for member in members:
+        sites.setdefault(member.site, []).append(member)
+    if len(sites) != 2:
+        return []
+    producers, consumers = sorted(sites.values(), key=len, reverse=True)
+    return [*producers, *consumers] if len(consumers) == 1 and _make(producers, consumers[0]) else []
+
+
+def _make(producers: Sequence[Target], consumer: Target) -> bool:
+    """Whether the outputs of all `producers` can be the channels, or heads, that `consumer` takes in."""
+    inputs, width = consumer.shape[1], consumer.head_dim
+    outputs = [producer.shape[0] for producer in producers]
+    if width == 1:  # an attention that does not tell its heads is not taken for an MLP, which has a gate at the most
+        return len(producers) <= 2 and all(rows == inputs for rows in outputs)
+    return all(number % width == 0 for number in (inputs, *outputs)) and all(inputs % rows == 0 for rows in outputs)
 
 
 def pairs(names: Sequence[str], distances: Mapping[tuple[str, str], float]) -> list[tuple[str, ...]]:

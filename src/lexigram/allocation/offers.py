@@ -25,7 +25,7 @@ def form_at(method: MethodConfig, members: Sequence[Target], ratio: float) -> Gr
     name = "group_" + hashlib.sha256(" ".join(member.name for member in members).encode()).hexdigest()[:8]
     amount = int((1 - ratio) * sum(member.dense_bytes for member in members))
     try:
-        return layout_group(method, [member.shape for member in members], Budget(amount), name)
+        return layout_group(method, [member.shape for member in members], Budget(amount), name, members[-1].head_dim)
     except BudgetTooSmallError:
         return None
     except ValueError as error:

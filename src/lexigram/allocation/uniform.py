@@ -46,7 +46,11 @@ def uniform(
         members = [targets[name] for name in names]
         try:
             spec = layout_group(
-                method, [member.shape for member in members], budget(members, ratio, accounting), f"group_{index}"
+                method,
+                [member.shape for member in members],
+                budget(members, ratio, accounting),
+                f"group_{index}",
+                members[-1].head_dim,
             )
         except ValueError as error:
             shapes = ", ".join(str(member.shape) for member in members)

@@ -25,6 +25,7 @@ from lexigram.methods.lowrank_sparse import LowRankSparseConfig
 from lexigram.methods.oats import OatsConfig
 from lexigram.methods.pruning import MagnitudeConfig, SparseGptConfig, WandaConfig
 from lexigram.methods.quantize import QuantizeConfig
+from lexigram.methods.structured import StructuredConfig
 from lexigram.methods.svd import SvdConfig
 
 AnyMethod = Annotated[
@@ -35,6 +36,7 @@ AnyMethod = Annotated[
     | OatsConfig
     | QuantizeConfig
     | SparseGptConfig
+    | StructuredConfig
     | SvdConfig
     | WandaConfig,
     Field(discriminator="name"),
@@ -49,6 +51,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "sparsegpt": SparseGptConfig,
     "wanda": WandaConfig,
     "magnitude": MagnitudeConfig,
+    "structured": StructuredConfig,
 }
 
 __all__ = [
@@ -68,6 +71,7 @@ __all__ = [
     "OatsConfig",
     "QuantizeConfig",
     "SparseGptConfig",
+    "StructuredConfig",
     "SvdConfig",
     "WandaConfig",
     "fit",

@@ -2,7 +2,8 @@
 
 Both are chosen by the type of the config. They are pure: no files, no globals, randomness from the generator given. A new
 method is one file with a config class and these two functions registered for it, and one entry in `lexigram.methods`. It may
-add `layout_shared` and `fit_shared`, for matrices that share a leaf, and `sketch` and `variants`, for the knapsack to choose.
+add `layout_shared` and `fit_shared`, for matrices that share a leaf, or `layout_coupled` and `fit_coupled`, for matrices that
+lose the same channels, and `sketch` and `variants`, for the knapsack to choose.
 """
 
 from collections.abc import Sequence
@@ -111,17 +112,22 @@ class Fitted(NamedTuple):
     shared: Factor | None = None
 
 
-def layout_group(config: MethodConfig, shapes: Sequence[tuple[int, int]], budget: Budget, name: str) -> GroupSpec:
+def layout_group(
+    config: MethodConfig, shapes: Sequence[tuple[int, int]], budget: Budget, name: str, head_dim: int = 1
+) -> GroupSpec:
     """The form that `config` gives to matrices of `shapes` (out, in) that stand together within `budget`.
 
-    One matrix gets its own form; several share a leaf called `name`.
+    One matrix gets its own form. Several lose the same channels, `head_dim` of them at a time, where the method couples
+    matrices; by any other they share a leaf called `name`.
 
     Raises:
         BudgetTooSmallError: where not even the smallest such form fits.
-        ValueError: where the method shares nothing, or the input widths differ.
+        ValueError: where the shapes do not couple, the method shares nothing, or the input widths differ.
     """
     if len(shapes) == 1:
         return GroupSpec(members=(layout(config, shapes[0], budget),))
+    if couples(config):
+        return layout_coupled(config, shapes, budget, head_dim)
     if len({cols for _, cols in shapes}) > 1:
         raise ValueError(f"matrices of different input widths {[cols for _, cols in shapes]} cannot share a dictionary")
     return layout_shared(config, shapes, budget, name)
@@ -134,7 +140,7 @@ def fit_group(config: MethodConfig, members: Sequence[Member], spec: GroupSpec, 
         ValueError: for a weight that is not finite.
     """
     if spec.shared is None:
-        return Fitted([fit(config, *member, own, generator) for member, own in zip(members, spec.members, strict=True)])
+        return fit_coupled(config, members, spec, generator)
     return fit_shared(config, members, spec, generator)
 
 
@@ -156,6 +162,30 @@ def shares(config: MethodConfig) -> bool:
 
 
 @singledispatch
+def layout_coupled(config: MethodConfig, shapes: Sequence[tuple[int, int]], budget: Budget, head_dim: int) -> GroupSpec:
+    """`layout` for matrices on both sides of the same channels: the last takes as inputs what those before it make.
+
+    Args:
+        config: its type chooses the function.
+        shapes: (out, in) of every matrix.
+        budget: of all of them.
+        head_dim: so many consecutive channels stay or go together: those of an attention head, 1 where there are no heads.
+    """
+    raise NotImplementedError(f"{type(config).__name__} couples no matrices")
+
+
+@singledispatch
+def fit_coupled(config: MethodConfig, members: Sequence[Member], spec: GroupSpec, generator: torch.Generator) -> Fitted:
+    """`fit` for several matrices that share no leaf: by default each by itself, whatever else is in the group."""
+    return Fitted([fit(config, *member, own, generator) for member, own in zip(members, spec.members, strict=True)])
+
+
+def couples(config: MethodConfig) -> bool:
+    """Whether matrices on both sides of the same channels are fitted together."""
+    return layout_coupled.dispatch(type(config)) is not layout_coupled.dispatch(MethodConfig)
+
+
+@singledispatch
 def sketch(config: MethodConfig) -> MethodConfig:
     """A cheap stand-in for `config` whose error at one size against another is that of `config`: by default itself."""
     return config
@@ -171,7 +201,8 @@ class Candidates(NamedTuple):
     """What a weight ``(out, in)`` is split into, for a choice over the whole model: ``left diag(values) right + S``.
 
     `left` is (out, r), `values` (r,), `right` (r, in); `entries` are those of S in row-major order, where `support`, bool
-    (out, in), is True.
+    (out, in), is True. Numbers about the split, tensors of no dimension: `iterations` that it took, `residual`, the share of
+    the weight's norm that all parts together miss, and `converged`, whether that is as little as was asked for.
     """
 
     left: Tensor
@@ -179,12 +210,21 @@ class Candidates(NamedTuple):
     right: Tensor
     entries: Tensor
     support: Tensor
+    iterations: Tensor
+    residual: Tensor
+    converged: Tensor
 
     def only(self, values: Tensor, entries: Tensor) -> "Candidates":
         """The candidates under two masks, bool (r,) and (number of entries,)."""
         support = self.support.clone()
         support[self.support] = entries
-        return Candidates(self.left[:, values], self.values[values], self.right[values], self.entries[entries], support)
+        return self._replace(
+            left=self.left[:, values],
+            values=self.values[values],
+            right=self.right[values],
+            entries=self.entries[entries],
+            support=support,
+        )
 
     def to_dense(self) -> Tensor:
         """All of them together, (out, in)."""
@@ -249,7 +289,7 @@ def wrong_form(spec: FactorSpec) -> ValueError:
     return ValueError(f"the method does not make the form {spec.form!r} that is asked for; make the allocation again")
 
 
-def size(spec: FactorSpec, unit: Literal["bytes", "parameters"]) -> int:
+def size(spec: FactorSpec | GroupSpec, unit: Literal["bytes", "parameters"]) -> int:
     """The size of `spec` in the unit of a budget."""
     return spec.bytes if unit == "bytes" else spec.parameters
 
