@@ -1,17 +1,13 @@
-"""The plot of a comparison: token perplexity against stored bits a weight, one line a recipe. Decides and measures nothing.
-
-Matplotlib is optional (`pip install 'lexigram[plot]'`) and imported only here, when a plot is asked for.
-"""
+"""The plot of a comparison: token perplexity against stored bits a weight, one line a recipe. Decides and measures nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lexigram import pictures
 from lexigram.comparison import DENSE, Figure, Line, Row, figure, lines
-from lexigram.errors import LexigramError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 _SIZE = (9.0, 5.5)  # inches
-_DOTS = 150  # an inch, in the PNG
 _MARKERS = "osD^vPX"
 _COLOURS = 10  # in matplotlib's own cycle, which begins again after them
 _GREY, _LETTERS = "0.35", 9
@@ -38,12 +33,9 @@ class Point(NamedTuple):
 
 
 def missing() -> str | None:
-    """Why there can be no plot, and the remedy; None where there can."""
-    try:
-        import_module("matplotlib.figure")
-    except ImportError:
-        return "the plot is left out: matplotlib is not installed; run: pip install 'lexigram[plot]'"
-    return None
+    """Why a comparison goes without its plot, and the remedy; None where it does not."""
+    why = pictures.missing()
+    return why and f"the plot is left out: {why}"
 
 
 def draw(rows: Sequence[Row], title: str, files: Sequence[Path]) -> None:
@@ -54,21 +46,9 @@ def draw(rows: Sequence[Row], title: str, files: Sequence[Path]) -> None:
     Raises:
         LexigramError: where a file cannot be written.
     """
-    import matplotlib
-
-    # Without the salt and the date the same rows would give another SVG each time.
-    with matplotlib.rc_context({"svg.hashsalt": "lexigram"}):
-        drawing = _drawing(rows, title)
-        for file in files:
-            partial = file.with_name(f".{file.name}.partial")
-            form = file.suffix.removeprefix(".")
-            try:
-                drawing.savefig(
-                    partial, format=form, dpi=_DOTS, metadata={"Date": None} if form == "svg" else {"Software": None}
-                )
-                partial.replace(file)
-            except OSError as error:
-                raise LexigramError(f"{file} cannot be written: {error.strerror or error}; free some space") from error
+    drawing = _drawing(rows, title)
+    for file in files:
+        pictures.save(drawing, file)
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[Point]]:

@@ -6,12 +6,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from lexigram.errors import LexigramError
+from lexigram.jsonfiles import read_json
 from lexigram.methods import FitReport
+from lexigram.recipe import explain
+from lexigram.staging import RUN_FILE
 
 
 class StageCost(BaseModel):
@@ -121,6 +126,19 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def read_run(folder: Path) -> RunRecord:
+    """What `compress` left in `folder` besides the model.
+
+    Raises:
+        LexigramError: where there is no such file, or another program or version wrote it.
+    """
+    file = folder / RUN_FILE
+    try:
+        return RunRecord.model_validate(read_json(file))
+    except ValidationError as error:
+        raise LexigramError(f"{file} was not written by lexigram {versions()['lexigram']}: {explain(error)}") from error
 
 
 def versions() -> dict[str, str]:

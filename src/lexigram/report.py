@@ -1,5 +1,6 @@
 """Records to tables, as rich renderables. A pure function of what stands in the JSON files; called by the command line."""
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lexigram import comparison
+from lexigram import comparison, redundancy
 from lexigram.comparison_planning import ComparisonPlan, Job
 from lexigram.factors import DenseSpec, FactorSpec, Leaf, ProductSpec, SharedSpec, SparseSpec, SumSpec, factor_spec
 from lexigram.planning import Plan
@@ -80,7 +81,7 @@ def bytes_table(record: RunRecord) -> Table:
 
 def error_map(layers: Sequence[LayerRecord]) -> Table:
     """Every layer's relative output error, decoder layers down, kinds across, the worse the redder."""
-    names = _names_within(layers)
+    names = redundancy.names_within(layers)
     kinds = list(dict.fromkeys(names))
     errors = {(layer.layer, name): layer.fit.relative_error for layer, name in zip(layers, names, strict=True)}
     worst = max(errors.values()) or 1.0
@@ -101,11 +102,24 @@ def error_map(layers: Sequence[LayerRecord]) -> Table:
     return table
 
 
-def _names_within(layers: Sequence[LayerRecord]) -> list[str]:
-    """Each layer's kind; where one decoder layer has two of a kind (GPT-2's c_proj), the whole name inside it."""
-    if len({(layer.layer, layer.kind) for layer in layers}) == len(layers):
-        return [layer.kind for layer in layers]
-    return [layer.name if layer.layer is None else layer.name.split(f".{layer.layer}.", 1)[-1] for layer in layers]
+def kinds_table(record: RunRecord) -> Table:
+    """The means of each kind of layer: stored bits a weight, and rank, density or atoms where the forms have them.
+
+    Errors are left to `forms_table`, to fit 80 columns.
+    """
+    found = redundancy.layer_figures(record)
+    elsewhere = (redundancy.RANK_SHARE, redundancy.ERROR)
+    names = [name for name in redundancy.quantities(found) if name not in elsewhere]
+    table = Table(title="means by kind")
+    table.add_column("layers", justify="right")
+    table.add_column("kind")
+    for name in names:
+        # Rich, left to break the headers, drops columns of a table that would fit.
+        table.add_column(textwrap.fill(name, 9, break_long_words=False, break_on_hyphens=False), justify="right")
+    for kind in redundancy.by_kind(found):
+        cells = (_number(kind.means.get(name), ".4g") for name in names)
+        table.add_row(str(kind.layers), kind.kind, *cells)
+    return table
 
 
 def forms_table(layers: Sequence[LayerRecord]) -> Table:

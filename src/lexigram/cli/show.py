@@ -1,22 +1,24 @@
-"""`lexigram inspect` and `lexigram report`: what earlier commands wrote, as tables. Nothing is computed."""
+"""`lexigram inspect` and `lexigram report`: what earlier commands wrote, as tables and a picture. Nothing is computed."""
 
 from pathlib import Path
 from types import NoneType
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
-from lexigram import report
-from lexigram.cli.screen import console
+from lexigram import redundancy_plot, report
+from lexigram.cli.screen import console, say
 from lexigram.errors import LexigramError
 from lexigram.jsonfiles import read_json
-from lexigram.recipe import explain
-from lexigram.records import RunRecord, versions
-from lexigram.staging import RUN_FILE
+from lexigram.pictures import check_picture
+from lexigram.records import read_run
 
 REPORT_EXAMPLES = ("lexigram report dense.json smaller.json",)
-INSPECT_EXAMPLES = ("lexigram inspect smaller", "lexigram inspect smaller --json")
+INSPECT_EXAMPLES = (
+    "lexigram inspect smaller",
+    "lexigram inspect smaller --json",
+    "lexigram inspect smaller --plot smaller.svg",
+)
 
 
 def report_(
@@ -33,18 +35,25 @@ def report_(
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress` wrote.")],
     as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print run.json instead.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw the same by kind and decoder layer into a .png, .svg or .pdf; needs matplotlib."
+        ),
+    ] = None,
 ) -> None:
     """Show where the bytes are, and each layer's form and error."""
-    content = read_json(folder / RUN_FILE)
-    try:
-        record = RunRecord.model_validate(content)
-    except ValidationError as error:
-        raise LexigramError(
-            f"{folder / RUN_FILE} was not written by lexigram {versions()['lexigram']}: {explain(error)}"
-        ) from error
+    if plot is not None:
+        check_picture(plot)
+    record = read_run(folder)
+    if plot is not None:
+        redundancy_plot.draw(record, plot)
     if as_json:
         print(record.model_dump_json(indent=1))
         return
     console.print(report.bytes_table(record))
+    console.print(report.kinds_table(record))
     console.print(report.forms_table(record.layers))
     console.print(report.error_map(record.layers))
+    if plot is not None:
+        say(f"written: {plot}")
