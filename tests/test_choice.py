@@ -6,7 +6,7 @@ The oracles: a ranking in numpy, robust PCA's own parts, the loss that transform
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -27,9 +27,11 @@ from lexigram.calibration.store import GramStore
 from lexigram.choice import Chosen, choose_parts
 from lexigram.factors import ProductSpec, SparseSpec, SumSpec
 from lexigram.gram import Gram
+from lexigram.linalg.policy_gradient import update
 from lexigram.linalg.robust_pca import robust_pca
 from lexigram.methods import CapConfig
-from lexigram.methods.base import assemble
+from lexigram.methods.base import Candidates, assemble, decompose
+from lexigram.methods.cap import DECOMPOSING
 from lexigram.methods.sums import sizes
 from lexigram.running import Silent
 from lexigram.targets import find_targets, weight_of
@@ -133,11 +135,12 @@ def same(one: Chosen, other: Chosen) -> bool:
     [
         ({}, 0.5),
         ({"score": "energy"}, 0.3),
+        ({"per_bit": False}, 0.5),
         ({"first": "uniform"}, 0.5),  # equal ones go by position: every singular value before any entry
-        ({"value_bits": 12, "per_bit": True}, 0.6),
+        ({"value_bits": 12, "score": "magnitude"}, 0.6),
         ({"value_bits": 8}, 0.75),
         ({"value_bits": 8, "value_group": 48, "first": "uniform"}, 0.6),  # 64 inputs are in groups of 32
-        ({"value_bits": 4, "together": True}, 0.85),
+        ({"value_bits": 4, "per_bit": False, "together": True}, 0.85),
     ],
     ids=str,
 )
@@ -191,20 +194,24 @@ def ranked(case: Case, config: CapConfig, room: float) -> dict[str, tuple[Any, A
         found = case.parts(target.name)
         strength = np.sqrt(case.gram(target.site).matrix.diagonal().numpy())
         values, right, entries = (part.double().numpy() for part in (found.values, found.right, found.sparse))
-        if config.score == "wanda":
-            scores = values * np.sqrt((right**2 * strength**2).sum(1)), np.abs(entries) * strength
-        else:
-            power = 1 if config.score == "magnitude" else 2
-            scores = values**power, np.abs(entries) ** power
-        tensors.append((target.name, 0, scores[0], 2.0 * 8 * sum(target.shape)))
-        tensors.append((target.name, 1, scores[1][entries != 0], 16.0))
+        if config.score != "wanda":
+            strength = np.ones_like(strength)
+        costs = 2.0 * 8 * sum(target.shape), 16.0
+        energies = values**2 * (right**2 * strength**2).sum(1), (entries * strength)[entries != 0] ** 2
+        if config.per_bit:
+            whole = (found.low_rank + found.sparse).double().numpy() * strength
+            energies = tuple(each / cost / (whole**2).mean() for each, cost in zip(energies, costs, strict=True))
+        tensors += [
+            (target.name, kind, energies[kind] ** (1 if config.score == "energy" else 0.5), costs[kind])
+            for kind in (0, 1)
+        ]
     if config.first == "sigmoid":
         pool = np.concatenate([scores for _, _, scores, _ in tensors])
-        level = (lambda scores: pool) if config.together else (lambda scores: scores)
+        level = (lambda scores: pool) if config.together or config.per_bit else (lambda scores: scores)
         tensors = [(n, k, 1 / (1 + np.exp(-(s - level(s).mean()) / level(s).std())), c) for n, k, s, c in tensors]
     else:
         tensors = [(n, k, np.clip(s / s.max(), 0.05, 0.95), c) for n, k, s, c in tensors]
-    keys = np.concatenate([s / c if config.per_bit else s for _, _, s, c in tensors])
+    keys = np.concatenate([s for _, _, s, c in tensors])
     costs = np.concatenate([np.full(len(s), c) for _, _, s, c in tensors])
     kept = np.zeros(len(keys), bool)
     for index in np.argsort(-keys.astype(np.float32), kind="stable"):
@@ -224,9 +231,11 @@ def ranked(case: Case, config: CapConfig, room: float) -> dict[str, tuple[Any, A
     [
         {},
         {"score": "magnitude"},
-        {"score": "energy", "first": "largest"},
-        {"together": True},
-        {"score": "energy", "together": True, "per_bit": True},
+        {"score": "energy"},
+        {"per_bit": False},
+        {"per_bit": False, "score": "magnitude"},
+        {"per_bit": False, "score": "energy", "first": "largest"},
+        {"per_bit": False, "together": True},
     ],
     ids=str,
 )
@@ -318,20 +327,45 @@ def test_every_pass_sees_every_sequence_with_weights_drawn_anew(
     made.chosen()
     assert made.plan.tokens is not None
     ids = made.plan.tokens.ids
-    assert torch.equal(torch.cat([tokens for tokens, _ in seen]), torch.cat([ids, ids]))
+    # The draw that tells the first baseline, then the passes.
+    assert torch.equal(torch.cat([tokens for tokens, _ in seen]), torch.cat([ids[:4], ids, ids]))
     names = {target.name for target in made.plan.targets}
     assert all(weights.keys() == names for _, weights in seen)
     first = [weights["model.layers.0.self_attn.q_proj"] for _, weights in seen]
     same_as_before = [torch.equal(mine, its) for mine, its in pairwise(first)]
     # Steps of four and of two sequences, twice: a draw for each.
-    assert same_as_before == [True, True, True, False, True, False, True, True, True, False, True]
+    baseline = [True, True, True, False]
+    assert same_as_before == [*baseline, True, True, True, False, True, False, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_one_batch_is_a_step_each_pass(passes: int, case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case(method={"passes": passes, "batch": 6}, include=["q_proj"])
+    calls = count()
+    steps: list[tuple[float | None, float]] = []
+
+    def loss(model: Any, tokens: Tensor, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> Tensor:
+        told = (3.0, 4.0, 2.5, 1.0)[next(calls) // 6]  # six sequences, one after another
+        return torch.tensor((tokens.shape[1] - 1) * told)
+
+    def spy(policy: Any, masks: Any, losses: Any, **options: Any) -> None:
+        steps.append((policy.baseline, losses[0]))
+        update(policy, masks, losses, **options)
+
+    monkeypatch.setattr(choice, "summed_loss", loss)
+    monkeypatch.setattr(choice, "update", spy)
+    made.chosen()
+    wanted = [(3.0, 4.0), (3.2, 2.5), (3.06, 1.0)]
+    assert len(steps) == passes
+    for found, expected in zip(steps, wanted[:passes], strict=True):
+        assert found == pytest.approx(expected)
 
 
 def test_the_policy_leaves_out_what_the_loss_is_better_without(
     case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of entries alone, all as likely at first, those of two rows are made to do nothing but harm."""
-    method = {"passes": 40, "batch": 1, "rate": 0.3, "first": "uniform", "sparse_weight": 1e-4}
+    method = {"passes": 40, "batch": 1, "rate": 0.3, "first": "uniform", "sparse_weight": 1e-4, "eps": 1e-8}
     made = case(method=method, include=["*.0.*.down_proj"])
     (name,) = (target.name for target in made.plan.targets)
     support = made.parts(name).sparse != 0
@@ -405,6 +439,131 @@ def test_the_parts_are_beside_the_output_and_go_away(recipe: Callable[..., Recip
     assert {folder.parent for folder in seen} == {tmp_path}
     assert any(folder.name.startswith(".out.parts-") for folder in seen)
     assert {file.name for file in tmp_path.iterdir()} == {"out"}
+
+
+def test_cached_parts_serve_other_ratios_seeds_and_forms(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no run leaves them other than it found them: the results are those of runs without a cache."""
+    made: list[tuple[int, ...]] = []
+
+    def spy(config: CapConfig, weight: Tensor, gram: Gram) -> Candidates:
+        made.append(tuple(weight.shape))
+        return decompose(config, weight, gram)
+
+    monkeypatch.setattr(choice, "decompose", spy)
+    changes: list[dict[str, Any]] = [
+        {"include": ["q_proj"]},
+        {"include": ["q_proj"], "ratio": 0.7},
+        {"include": ["q_proj"], "seed": 3, "method": {"value_bits": 8, "score": "energy", "passes": 1}},
+        {"include": ["q_proj", "k_proj"]},  # two more
+        {"include": ["q_proj"], "method": {"iterations": 13}},  # parts of its own
+    ]
+    for number, (each, new) in enumerate(zip(changes, (2, 0, 0, 2, 2), strict=True)):
+        before = len(made)
+        lexigram.compress(recipe(**each), tmp_path / f"cached-{number}", cache=tmp_path / "cache")
+        assert len(made) - before == new
+        lexigram.compress(recipe(**each), tmp_path / f"alone-{number}")
+        one, other = (load_file(tmp_path / f"{kind}-{number}" / WEIGHTS) for kind in ("cached", "alone"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert len(list((tmp_path / "cache").glob("parts-*"))) == 2
+
+
+def test_other_weights_have_other_parts(recipe: Callable[..., Recipe], toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy, tmp_path / "toy")
+    file = tmp_path / "toy" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    for number, model in enumerate((toy, tmp_path / "toy")):
+        changed = recipe(model=str(model), include=["q_proj"])
+        lexigram.compress(changed, tmp_path / str(number), cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("parts-*"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another weight", "not all of them"])
+def test_damaged_parts_in_the_cache_are_not_used(damage: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    wanted = recipe(include=["q_proj", "down_proj"])
+    lexigram.compress(wanted, tmp_path / "out", cache=tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").glob("parts-*")
+    file, other = (next(folder.glob(f"*.0.*{name}.safetensors")) for name in ("q_proj", "down_proj"))
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-9])
+    elif damage == "of another weight":
+        shutil.copy(other, file)
+    else:
+        tensors = load_file(file)
+        save_file({**tensors, "entries": tensors["entries"][:-1]}, file)
+    with pytest.raises(
+        LexigramError, match=r"the decomposition .*q_proj\.safetensors cannot be read: .*; delete its folder"
+    ):
+        lexigram.compress(wanted, tmp_path / "again", cache=tmp_path / "cache")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_run_that_broke_off_leaves_whole_parts_only(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one makes the others."""
+    wanted = recipe(include=["q_proj"])
+
+    def broken(tensors: Any, file: Path, **_options: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            choice,
+            "decompose",
+            lambda *given: (patched.setattr("lexigram.tensorfiles.save_file", broken), decompose(*given))[1],
+        )
+        with pytest.raises(LexigramError, match="No space left"):
+            lexigram.compress(wanted, tmp_path / "out", cache=tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").glob("parts-*")
+    assert not list(folder.glob("*.safetensors"))
+    again = lexigram.compress(wanted, tmp_path / "out", cache=tmp_path / "cache")
+    alone = lexigram.compress(wanted, tmp_path / "alone")
+    assert again.mean_relative_error == alone.mean_relative_error
+
+
+def test_the_parts_are_decided_by_the_fields_that_name_them(case: Callable[..., Case]) -> None:
+    """Each field of the config changed in turn: the parts change with those, and with no other."""
+    weight, gram = normal(24, 32), Gram(torch.eye(32, dtype=torch.float64), 32)
+    base = CapConfig(iterations=12)
+    others: dict[str, Any] = {
+        "value_bits": 8,
+        "value_group": 32,
+        "refit": True,
+        "sparse_weight": 0.5,
+        "iterations": 11,
+        "tolerance": 0.5,
+        "score": "energy",
+        "first": "random",
+        "together": True,
+        "per_bit": False,
+        "passes": 1,
+        "batch": 3,
+        "rate": 0.1,
+        "memory": 0.5,
+        "eps": 0.1,
+        "projection": "euclidean",
+    }
+    assert {"name", *others} == set(CapConfig.model_fields)
+    for field, value in others.items():
+        one, other = (decompose(config, weight, gram) for config in (base, base.model_copy(update={field: value})))
+        same = all(mine.shape == its.shape and torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
+        assert same == (field not in DECOMPOSING)
+
+
+def test_the_report_tells_how_robust_pca_ended(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    for iterations, converged in ((4, False), (400, True)):
+        method = {"iterations": iterations, "tolerance": 1e-4}
+        record = lexigram.compress(recipe(include=["q_proj"], method=method), tmp_path / str(iterations))
+        for layer in record.layers:
+            assert layer.fit.status == ("converged" if converged else "iterations")
+            assert ("robust PCA stopped after 4 iterations and misses" in layer.fit.message) == (not converged)
+            assert (layer.fit.details["robust_pca_residual"] <= 1e-4) == converged
+            assert (layer.fit.details["robust_pca_iterations"] == 4) == (not converged)
 
 
 def test_the_plan_reckons_with_the_parts_on_disk(case: Callable[..., Case], recipe: Callable[..., Recipe]) -> None:

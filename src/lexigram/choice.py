@@ -1,7 +1,7 @@
 """Which parts of all decomposed weights stay: probabilities, moved by the loss of sampled models, under one budget.
 
-Stage 2 of CAP (arXiv 2505.03801), for every method that `chooses`. All weights are split first, and the parts lie on disk;
-in memory are a probability and a mask a candidate. How a weight is split, and what a part is worth at first, is the method's.
+Stage 2 of CAP (arXiv 2505.03801), and of no other method. All weights are split first, and the parts lie on disk; in memory
+are a probability and a mask a candidate. How a weight is split, and what a part is worth at first, is in `methods.cap`.
 """
 
 import math
@@ -23,10 +23,11 @@ from lexigram.linalg.budget import keep_best, project
 from lexigram.linalg.policy_gradient import BernoulliPolicy, sample, started, update
 from lexigram.methods import Budget, CapConfig
 from lexigram.methods.base import Candidates, decompose, scores
+from lexigram.methods.cap import decomposition_key
 from lexigram.methods.storing import codec
 from lexigram.methods.sums import sum_spec
 from lexigram.planning import Plan
-from lexigram.recipe import UNIFORM
+from lexigram.recipe import UNIFORM, Recipe
 from lexigram.running import Stages
 from lexigram.targets import Target
 from lexigram.tensorfiles import TensorFiles
@@ -38,14 +39,24 @@ _ROUNDS = 12
 
 
 class Chosen(NamedTuple):
-    """The allocation that the choice comes to, and the chosen parts of every weight by its name."""
+    """The allocation that the choice comes to, the parts of every weight by its name, and which of them stay.
+
+    `masks` are bool, of the singular values and of the entries.
+    """
 
     allocation: Allocation
     parts: TensorFiles
+    masks: dict[str, tuple[Tensor, Tensor]]
 
     def of(self, name: str) -> Candidates:
         """The parts of a weight that stay."""
-        return _read(self.parts, name)
+        return _read(self.parts, name).only(*self.masks[name])
+
+
+def parts_key(recipe: Recipe) -> str:
+    """What decides the parts of a weight besides the weight."""
+    assert isinstance(recipe.method, CapConfig)
+    return decomposition_key(recipe.method)
 
 
 def choose_parts(
@@ -60,17 +71,19 @@ def choose_parts(
     """Split all weights, then choose among the parts.
 
     Args:
-        plan: of a recipe whose method `chooses`. Its allocation says whether all weights stand under one budget (`global`), or
+        plan: of a recipe whose method is CAP. Its allocation says whether all weights stand under one budget (`global`), or
             each under its own (`uniform`).
         weight: a target's weight (out, in) by name.
         store: the Grams of all sites.
-        folder: where the parts go.
+        folder: where the parts go, all of them, whatever is chosen. Those that lie there are not made again: they are to be of
+            these weights and of a config that agrees with the plan's in `methods.cap.DECOMPOSING`.
         model: the original model, which stays as it is.
         ids: the calibration tokens (sequences, length).
         progress: is told about the stages.
 
     Raises:
-        LexigramError: for a budget that not even the index of the smallest choice fits into.
+        LexigramError: for a budget that not even the index of the smallest choice fits into, for parts in the folder that
+            are damaged, or not of a weight of this shape.
     """
     recipe, config = plan.recipe, plan.recipe.method
     assert isinstance(config, CapConfig)
@@ -79,30 +92,33 @@ def choose_parts(
     with progress.stage("decompose", len(plan.targets)) as step:
         for target in plan.targets:
             with store.using([target.site]) as grams:
-                candidates = decompose(config, weight(target.name), grams[target.site])
-                first[target.name] = list(scores(config, candidates, grams[target.site]))
-            parts.put(target.name, candidates._asdict())
+                gram = grams[target.site]
+                if not parts.has(target.name):
+                    parts.put(target.name, decompose(config, weight(target.name), gram)._asdict())
+                first[target.name] = list(scores(config, _read(parts, target.name, target.shape), gram))
             step()
     generator = torch.Generator().manual_seed(recipe.seed)
     groups = [[target] for target in plan.targets] if recipe.allocation == UNIFORM else [plan.targets]
     policies, budgets = [], [budget(members, recipe.ratio, recipe.accounting) for members in groups]
     for members, whole in zip(groups, budgets, strict=True):
         tensors = [tensor for target in members for tensor in first.pop(target.name)]
-        allowed = _allowed(config, members, whole)
-        found = started(tensors, config.first, together=config.together, generator=generator)
-        policies.append(BernoulliPolicy(found, _costs(config, members, recipe.accounting), allowed))
+        allowed, costs = _allowed(config, members, whole), _costs(config, members, recipe.accounting)
+        if config.per_bit:
+            tensors = [tensor / cost ** (config.power / 2) for tensor, cost in zip(tensors, costs, strict=True)]
+        found = started(tensors, config.first, together=config.together or config.per_bit, generator=generator)
+        policies.append(BernoulliPolicy(found, costs, allowed, projection=config.projection))
     if config.passes:
         _move(plan, config, policies, parts, model, ids, generator, progress)
-    units = []
+    units, chosen = [], {}
     with progress.stage("choose", len(plan.targets)) as step:
         for members, policy, whole in zip(groups, policies, budgets, strict=True):
             kept = _kept(config, members, policy, whole)
             masks = iter(kept.masks)
             for target, spec in zip(members, kept.specs, strict=True):
-                parts.put(target.name, _read(parts, target.name).only(next(masks), next(masks))._asdict())
+                chosen[target.name] = next(masks), next(masks)
                 units.append(Unit(members=(target.name,), method=config, spec=GroupSpec(members=(spec,))))
                 step()
-    return Chosen(Allocation(units=tuple(units)), parts)
+    return Chosen(Allocation(units=tuple(units)), parts, chosen)
 
 
 def _move(
@@ -115,12 +131,17 @@ def _move(
     generator: torch.Generator,
     progress: Stages,
 ) -> None:
-    """Policy gradient: every batch of sequences sees a model with parts drawn at random, and tells its loss a token."""
+    """Policy gradient: every batch of sequences sees a model with parts drawn at random, and tells its loss a token.
+
+    A draw that no step is taken from tells the first baseline; otherwise the first step would be none, and a text of one batch
+    would be run once for nothing.
+    """
+    batches = ids.split(config.batch)
     for policy in policies:
-        project(policy.probabilities, policy.costs, policy.budget)
-    batches = ids.split(config.batch) * config.passes
-    with progress.stage("move the probabilities", len(batches)) as step, torch.no_grad():
-        for batch in batches:
+        project(policy.probabilities, policy.costs, policy.budget, metric=policy.projection)
+    drawings = batches[:1] + batches * config.passes
+    with progress.stage("move the probabilities", len(drawings)) as step, torch.no_grad():
+        for number, batch in enumerate(drawings):
             drawn = [sample(policy.probabilities, generator) for policy in policies]
             masks = iter([mask for each in drawn for mask in each])
             weights = {
@@ -134,7 +155,10 @@ def _move(
                     "out with --passes 0"
                 )
             for policy, mask in zip(policies, drawn, strict=True):
-                update(policy, [mask], [loss], rate=config.rate, memory=config.memory)
+                if number:
+                    update(policy, [mask], [loss], rate=config.rate, memory=config.memory, eps=config.eps)
+                else:
+                    policy.baseline = loss
             step()
 
 
@@ -152,7 +176,7 @@ def _kept(config: CapConfig, members: Sequence[Target], policy: BernoulliPolicy,
     """
 
     def best(allowed: float) -> _Kept:
-        masks = keep_best(policy.probabilities, policy.costs, allowed, per_cost=config.per_bit)
+        masks = keep_best(policy.probabilities, policy.costs, allowed)
         counts = [int(mask.count_nonzero()) for mask in masks]
         specs = [
             sum_spec(target.shape, rank, entries, config.value_bits, config.value_group)
@@ -177,12 +201,19 @@ def _drawn(candidates: Candidates, values: Tensor, entries: Tensor) -> Tensor:
     return candidates._replace(values=candidates.values * values, entries=candidates.entries * entries).to_dense()
 
 
-def _read(parts: TensorFiles, name: str) -> Candidates:
+def _read(parts: TensorFiles, name: str, shape: tuple[int, int] | None = None) -> Candidates:
+    """The parts of a weight, of that shape where it is given."""
     tensors, _ = parts.get(name)
     try:
-        return Candidates(**tensors)
+        found = Candidates(**tensors)
     except TypeError as error:
         raise parts.damaged(name, error) from error
+    rows, cols = shape or found.support.shape
+    rank, entries = len(found.values), int(found.support.count_nonzero())
+    wanted = (rows, rank), (rank,), (rank, cols), (entries,), (rows, cols)
+    if tuple(tuple(tensor.shape) for tensor in found[:5]) != wanted:
+        raise parts.damaged(name, f"its tensors are not the parts of a weight {rows, cols}")
+    return found
 
 
 def _costs(config: CapConfig, members: Sequence[Target], accounting: str) -> list[float]:

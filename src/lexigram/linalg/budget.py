@@ -8,6 +8,7 @@ come from, is not decided here; `lexigram.linalg.policy_gradient` moves them.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ PIECE = 2**18
 
 TOLERANCE = 1e-7
 """Share of the budget that a projection may leave over: the rounding of a float32 probability."""
+
+Projection = Literal["euclidean", "weighted"]
+"""What a projection measures distance in: ``sum (s - s')^2``, or ``sum c (s - s')^2`` with the costs ``c``."""
 
 _PASSES = 200
 
@@ -29,20 +33,29 @@ _INTEGERS = {
 
 
 def project(
-    probabilities: Sequence[Tensor], costs: Sequence[float], budget: float, *, spend_all: bool = False
+    probabilities: Sequence[Tensor],
+    costs: Sequence[float],
+    budget: float,
+    *,
+    metric: Projection = "euclidean",
+    spend_all: bool = False,
 ) -> float:
     """Move probabilities, in place, to the nearest ones with ``0 <= s <= 1`` and ``sum c s <= budget``.
 
     These are ``clamp(s - v c, 0, 1)``, with ``v = 0`` where that is within the budget, and else the ``v > 0`` that spends it
-    (the conditions of Karush, Kuhn and Tucker). What is spent is piecewise linear and falls with ``v``: bisection, with
-    Newton steps instead where they stay within the bracket, which end as soon as one hits the right piece. The sum is taken
-    in float64 over the values as they are stored, and ends at or below the budget, by no more than `TOLERANCE` of it where
-    the dtype can express that.
+    (the conditions of Karush, Kuhn and Tucker). A candidate that costs a thousand times as much as another is moved a
+    thousand times as far: a singular value is at 0 before an entry has moved at all. Nearest by ``sum c (s - s')^2``
+    are ``clamp(s - v, 0, 1)``: all candidates move alike, and their ranking stays.
+
+    What is spent is piecewise linear and falls with ``v``: bisection, with Newton steps instead where they stay within the
+    bracket, which end as soon as one hits the right piece. The sum is taken in float64 over the values as they are stored,
+    and ends at or below the budget, by no more than `TOLERANCE` of it where the dtype can express that.
 
     Args:
         probabilities: contiguous; any real values to begin with.
         costs: of a candidate of each tensor, above zero.
         budget: in the unit of the costs.
+        metric: of the distance.
         spend_all: ``sum c s = budget`` instead; then ``v`` may be negative.
 
     Returns:
@@ -55,10 +68,11 @@ def project(
     _check(probabilities, costs, budget)
     if spend_all and budget > (total := _price(probabilities, costs)):
         raise ValueError(f"a budget of {budget:g} cannot be spent on candidates that cost {total:g}; pass at most that")
-    value = _multiplier(probabilities, costs, budget, spend_all)
-    for tensor, cost in zip(probabilities, costs, strict=True):
+    normal = list(costs) if metric == "euclidean" else [1.0] * len(costs)
+    value = _multiplier(probabilities, costs, normal, budget, spend_all)
+    for tensor, along in zip(probabilities, normal, strict=True):
         for piece in pieces(tensor):
-            piece.sub_(value * cost).clamp_(0.0, 1.0)
+            piece.sub_(value * along).clamp_(0.0, 1.0)
     return value
 
 
@@ -76,7 +90,6 @@ def keep_best(
     costs: Sequence[float],
     budget: float,
     *,
-    per_cost: bool = False,
     fill: bool = True,
 ) -> list[Tensor]:
     """Boolean masks over the candidates: the best of them within the budget, exactly and without chance.
@@ -90,7 +103,6 @@ def keep_best(
         scores: contiguous, finite or infinite, without NaN; any float dtype, the same for all.
         costs: of a candidate of each tensor, above zero. Whole numbers (up to 2^53 in sum) are counted exactly.
         budget: in the unit of the costs.
-        per_cost: rank by score per cost, divided in the dtype of the scores.
         fill: go on after the first candidate without room.
 
     Raises:
@@ -100,14 +112,13 @@ def keep_best(
     if len({tensor.dtype for tensor in scores}) > 1:
         raise ValueError(f"one ranking needs scores of one dtype, got {sorted({str(t.dtype) for t in scores})}")
     kept = [torch.zeros_like(tensor, dtype=torch.bool) for tensor in scores]
-    weights = [cost if per_cost else 1.0 for cost in costs]
     if not fill:
-        _keep_prefix(scores, weights, costs, [i for i, each in enumerate(scores) if each.numel()], budget, kept)
+        _keep_prefix(scores, costs, [i for i, each in enumerate(scores) if each.numel()], budget, kept)
         return kept
     # A round ends at a candidate without room, and no later one of that cost has room either: few costs, few rounds.
     room = budget
     while affordable := [i for i, cost in enumerate(costs) if cost <= room and not bool(kept[i].all())]:
-        room = _keep_prefix(scores, weights, costs, affordable, room, kept)
+        room = _keep_prefix(scores, costs, affordable, room, kept)
     return kept
 
 
@@ -134,16 +145,22 @@ def _price(tensors: Sequence[Tensor], costs: Sequence[float]) -> float:
     return math.fsum(cost * tensor.numel() for tensor, cost in zip(tensors, costs, strict=True))
 
 
-def _multiplier(probabilities: Sequence[Tensor], costs: Sequence[float], budget: float, spend_all: bool) -> float:
-    """The ``v`` of `project`: the highest end of a bracket, where the budget is kept."""
+def _multiplier(
+    probabilities: Sequence[Tensor],
+    costs: Sequence[float],
+    normal: Sequence[float],
+    budget: float,
+    spend_all: bool,
+) -> float:
+    """The ``v`` of `project`, where all moves along ``-v normal``: the highest end of a bracket, where the budget is kept."""
     value = 0.0
-    found, slope = _spent_at(probabilities, costs, value)
+    found, slope = _spent_at(probabilities, costs, normal, value)
     if found <= budget and (not spend_all or found >= budget * (1 - TOLERANCE)):
         return value
     # Twice as far as where all are 0, or all 1, lest rounding leaves one of them short of it.
     ends = [
-        (float(tensor.max()) / cost, (float(tensor.min()) - 1) / cost)
-        for tensor, cost in zip(probabilities, costs, strict=True)
+        (float(tensor.max()) / along, (float(tensor.min()) - 1) / along)
+        for tensor, along in zip(probabilities, normal, strict=True)
         if tensor.numel()
     ]
     low, high = (0.0, 2 * max(end[0] for end in ends)) if found > budget else (2 * min(end[1] for end in ends), 0.0)
@@ -155,7 +172,7 @@ def _multiplier(probabilities: Sequence[Tensor], costs: Sequence[float], budget:
         value = newton if low < newton < high else (low + high) / 2
         if not low < value < high:
             break
-        found, falling = _spent_at(probabilities, costs, value)
+        found, falling = _spent_at(probabilities, costs, normal, value)
         # A step may be too short to change any stored probability, and too short where the slope was steeper.
         stretch = 4 * stretch if abs(found - aim) > abs(excess) / 2 else 1.0
         if abs(found - aim) < abs(excess):
@@ -169,21 +186,22 @@ def _multiplier(probabilities: Sequence[Tensor], costs: Sequence[float], budget:
     return high
 
 
-def _spent_at(probabilities: Sequence[Tensor], costs: Sequence[float], value: float) -> tuple[float, float]:
-    """``sum c clamp(s - v c, 0, 1)``, and how fast it falls with ``v``: ``sum c^2`` over what is not clamped."""
+def _spent_at(
+    probabilities: Sequence[Tensor], costs: Sequence[float], normal: Sequence[float], value: float
+) -> tuple[float, float]:
+    """``sum c clamp(s - v n, 0, 1)``, and how fast it falls with ``v``: ``sum c n`` over what is not clamped."""
     totals, slopes = [], []
-    for tensor, cost in zip(probabilities, costs, strict=True):
+    for tensor, cost, along in zip(probabilities, costs, normal, strict=True):
         for piece in pieces(tensor):
-            moved = piece - value * cost
+            moved = piece - value * along
             clamped = moved.clamp(0.0, 1.0)
             totals.append(cost * float(clamped.sum(dtype=torch.float64)))
-            slopes.append(cost * cost * float(torch.eq(clamped, moved, out=moved).sum(dtype=torch.float32)))
+            slopes.append(cost * along * float(torch.eq(clamped, moved, out=moved).sum(dtype=torch.float32)))
     return math.fsum(totals), math.fsum(slopes)
 
 
 def _keep_prefix(
     scores: Sequence[Tensor],
-    weights: Sequence[float],
     costs: Sequence[float],
     members: list[int],
     room: float,
@@ -197,7 +215,7 @@ def _keep_prefix(
     def walk() -> Iterator[tuple[float, Tensor, Tensor]]:
         for member in members:
             for piece, mask in zip(pieces(scores[member]), pieces(kept[member]), strict=True):
-                yield costs[member], (piece if weights[member] == 1 else piece / weights[member]), mask
+                yield costs[member], piece, mask
 
     # Nothing but sums of whole numbers where costs are whole: all of this is exact.
     before = math.fsum(cost * int(mask.count_nonzero()) for cost, _, mask in walk())

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexigram.factors import Factor, FactorSpec, Product, Sparse, encode
+from lexigram.factors import Factor, FactorSpec, Product, Sparse, SparseSpec, encode
 from lexigram.gram import Gram
 from lexigram.linalg.low_rank_sparse import OATS_ROUNDS, oats
 from lexigram.linalg.pruning import refit
@@ -51,13 +51,14 @@ def _(
     rank, entries = sizes(spec)
     inputs = metric(gram)
     parts = oats(weight, inputs.diagonal(), rank, entries, rounds=config.rounds)
-    sparse = parts.sparse
-    if config.refit:
-        sparse = refit(weight - parts.left @ parts.right, inputs, parts.support, sparse)
+
+    def sparse(kept: SparseSpec, rest: Tensor) -> Sparse:
+        # On their support the entries are what is left of the weight, as in OATS, but of the stored low-rank part.
+        values = refit(rest, inputs, parts.support) if config.refit else rest * parts.support
+        return Sparse.encode(values, kept, parts.support)
+
     factor = stored_sum(
-        spec,
-        lambda low: Product(encode(parts.left, low.left), encode(parts.right, low.right)),
-        lambda kept: Sparse.encode(sparse, kept, parts.support),
+        spec, weight, lambda low: Product(encode(parts.left, low.left), encode(parts.right, low.right)), sparse
     )
     message = f"rank {rank}, {entries / weight.numel():.1%} of the entries, {len(parts.history)} rounds"
     return factor, direct_report(message, weight, factor, gram, time.perf_counter() - start)

@@ -7,6 +7,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from functools import lru_cache
 
+from torch import Tensor
+
 from lexigram.factors import (
     DenseSpec,
     Factor,
@@ -117,12 +119,22 @@ def sizes(spec: FactorSpec) -> tuple[int, int]:
 
 def stored_sum(
     spec: FactorSpec,
+    weight: Tensor,
     low_rank: Callable[[ProductSpec], Product],
-    sparse: Callable[[SparseSpec], Factor],
+    sparse: Callable[[SparseSpec, Tensor], Factor],
 ) -> Factor:
-    """The factor of a form, from what stores each part; a part that the form has not is not asked for."""
+    """The factor of a form, from what stores each part; a part that the form has not is not asked for.
+
+    Args:
+        spec: of a sum, or of either part alone.
+        weight: (out, in), what both parts stand for.
+        low_rank: stores the low-rank part.
+        sparse: stores the sparse part, given what is left of the weight, (out, in), once the low-rank part is taken off as it
+            is stored: entries can make up for the rounding of ranks at no cost.
+    """
     low, kept = sum_parts(spec)
     if low is None:
         assert kept is not None
-        return sparse(kept)
-    return Sum(low_rank(low), sparse(kept)) if kept else low_rank(low)
+        return sparse(kept, weight)
+    product = low_rank(low)
+    return Sum(product, sparse(kept, weight - product.to_dense().to(weight.dtype))) if kept else product
