@@ -20,7 +20,8 @@ def main() -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; a row that has its own size whatever is asked for stands once, with its bits a weight."""
     ratios = sorted({row["requested_ratio"] for row in rows})
-    lines = [["", *(f"{ratio:g}" for ratio in ratios)], ["---"] * (len(ratios) + 1)]
+    heads = [f"{ratio:g} ({16 * (1 - ratio):.4g} bits a weight)" for ratio in ratios]
+    lines = [["", *heads], ["---"] * (len(ratios) + 1)]
     for name in dict.fromkeys(row["row"] for row in rows):
         mine = [row for row in rows if row["row"] == name]
         if name.startswith(("quantize", "nearest")):
