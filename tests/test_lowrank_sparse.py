@@ -18,16 +18,16 @@ from torch import Tensor
 
 import lexigram
 from conftest import toy_folder
+from drawn import correlated, gram_of, normal
 from lexigram import Recipe
-from lexigram.calibration.gram import GramAccumulator
-from lexigram.factors import Factor, Integer, Product, Sparse, SparseSpec, Sum, factor_spec
-from lexigram.gram import Gram
+from lexigram.factors import Factor, Integer, Product, Sparse, SparseSpec, Sum, SumSpec, factor_spec
 from lexigram.linalg.integers import Stepped, to_steps
 from lexigram.linalg.pruning import prune
 from lexigram.linalg.surgeon import Pruned
 from lexigram.methods import (
     Budget,
     BudgetTooSmallError,
+    CapConfig,
     FitReport,
     LowRankSparseConfig,
     MethodConfig,
@@ -38,25 +38,10 @@ from lexigram.methods import (
 )
 from lexigram.methods.base import sketch, variants
 from lexigram.methods.storing import store_pruned
-from lexigram.methods.sums import sizes
+from lexigram.methods.sums import sizes, sum_spec
+from oracles import whole_groups
 
 BITS: list[Any] = [2, 3, 4, 6, 8, 10, 12, 14, 16]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def inputs(tokens: int = 400, width: int = 32) -> Tensor:
-    """Correlated, over two orders of magnitude."""
-    mixing = torch.linalg.qr(normal(width, width, seed=1)).Q
-    return normal(tokens, width, seed=2) * torch.logspace(0, -2, width) @ mixing
-
-
-def gram_of(X: Tensor) -> Gram:
-    accumulator = GramAccumulator()
-    accumulator.add(X)
-    return accumulator.result("test")
 
 
 def run(config: MethodConfig, weight: Tensor, X: Tensor, ratio: float) -> tuple[Factor, FitReport]:
@@ -74,11 +59,6 @@ def bytes_of(count: int, bits: int, group: int) -> int:
     """Of so many stored values, with the scales and zeros of their groups."""
     groups = -(-count // group)
     return -(-count * bits // 8) + (2 * groups + -(-groups * bits // 8) if bits <= 8 else 0)
-
-
-def whole_groups(cols: int, wanted: int) -> int:
-    """The largest divisor of a row that is not above `wanted`."""
-    return max(size for size in range(1, min(cols, wanted) + 1) if cols % size == 0)
 
 
 def parts_of(spec: Any) -> tuple[Any, Any]:
@@ -200,7 +180,7 @@ def test_of_parameters_a_few_bits_cost_as_much_as_many() -> None:
 @pytest.mark.parametrize("bits", [None, 16, 4])
 def test_a_share_for_ranks_gives_a_sum(bits: Any) -> None:
     """And of a weight that is low rank plus sparse, both parts together are better than entries alone."""
-    X, weight = inputs(width=48), 3 * normal(64, 2, seed=3) @ normal(2, 48, seed=4)
+    X, weight = correlated(width=48), 3 * normal(64, 2, seed=3) @ normal(2, 48, seed=4)
     weight[normal(64, 48, seed=5).abs() > 1.8] += 6.0
     ratio = 0.8 if bits == 4 else 0.7
     both, with_ranks = run(LowRankSparseConfig(rank_share=0.4, value_bits=bits), weight, X, ratio)
@@ -214,7 +194,7 @@ def test_a_share_for_ranks_gives_a_sum(bits: Any) -> None:
 
 @pytest.mark.parametrize("config", [OatsConfig(rank_share=1.0), LowRankSparseConfig(rank_share=1.0, value_bits=16)])
 def test_a_share_of_all_leaves_entries_the_rest_of_a_rank(config: Any) -> None:
-    X, weight = inputs(), normal(64, 32, seed=3)
+    X, weight = correlated(), normal(64, 32, seed=3)
     exact = Budget(2 * 7 * (64 + 32))
     assert layout(config, (64, 32), exact).form == "product"
     factors, report = fit(config, weight, gram_of(X), layout(config, (64, 32), exact), torch.Generator())
@@ -224,15 +204,52 @@ def test_a_share_of_all_leaves_entries_the_rest_of_a_rank(config: Any) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_oats_with_a_refit_is_never_worse(share: float) -> None:
-    X, weight = inputs(), normal(24, 32, seed=3)
+    X, weight = correlated(), normal(24, 32, seed=3)
     _, plain = run(OatsConfig(rank_share=share), weight, X, 0.4)
     _, moved = run(OatsConfig(rank_share=share, refit=True), weight, X, 0.4)
     assert moved.relative_error < 0.9 * plain.relative_error
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["oats", "oats refit", "cap refit", "lowrank-sparse"])
+def test_entries_make_up_for_the_rounding_of_ranks(name: str, bits: Any) -> None:
+    """On their support, beside the low-rank part as it is stored. Against the same parts with entries for the exact ranks."""
+    X, weight = correlated(), 3 * normal(64, 4, seed=3) @ normal(4, 32, seed=4) + 0.2 * normal(64, 32, seed=5)
+    gram, shape = gram_of(X), (64, 32)
+    exact = sum_spec(shape, 4, 1024, 16, 16)
+    coarse = SumSpec(left=sum_spec(shape, 4, 0, bits, 16), right=sum_spec(shape, 0, 1024, 16, 16))
+    config: MethodConfig = {
+        "oats": OatsConfig(),
+        "oats refit": OatsConfig(refit=True),
+        "cap refit": CapConfig(refit=True),
+        "lowrank-sparse": LowRankSparseConfig(value_bits=16),
+    }[name]
+    (whole, _), (found, report) = (fit(config, weight, gram, spec, torch.Generator()) for spec in (exact, coarse))
+    assert isinstance(whole, Sum)
+    assert isinstance(found, Sum)
+    ignorant = found.left.to_dense() + whole.right.to_dense()
+    before, after = (float(((weight - dense) @ X.T).norm()) for dense in (ignorant, found.to_dense()))
+    assert after < 0.97 * before
+    assert report.relative_error == pytest.approx(after / float((weight @ X.T).norm()), rel=1e-3)
+
+
+def test_entries_of_cap_stay_as_they_are_without_a_refit() -> None:
+    weight, gram = normal(64, 32, seed=3), gram_of(correlated())
+    specs = [
+        sum_spec((64, 32), 4, 700, 16, 16),
+        SumSpec(left=sum_spec((64, 32), 4, 0, 4, 16), right=sum_spec((64, 32), 0, 700, 16, 16)),
+    ]
+    one, other = (fit(CapConfig(), weight, gram, spec, torch.Generator())[0] for spec in specs)
+    assert isinstance(one, Sum)
+    assert isinstance(other, Sum)
+    assert torch.equal(one.right.to_dense(), other.right.to_dense())
+    assert not torch.equal(one.left.to_dense(), other.left.to_dense())
+
+
 def test_the_search_beats_its_sketch() -> None:
-    X, weight = inputs(), normal(64, 32, seed=3)
-    for options in ({"value_bits": 16}, {"value_bits": 4}, {"value_bits": 3}):
+    X, weight = correlated(), normal(64, 32, seed=3)
+    ranks = {"value_bits": 4, "rank_share": 0.2}, {"value_bits": 3, "rank_share": 0.1}
+    for options in ({"value_bits": 16}, {"value_bits": 4}, {"value_bits": 3}, *ranks):
         config = LowRankSparseConfig(**options)
         ratio = 1 - 0.5 * config.value_bits / 16 - 0.07
         assert sketch(config).value_bits == config.value_bits
@@ -250,7 +267,7 @@ def output_error(weight: Tensor, dense: Tensor, gram: Tensor) -> float:
 
 def pruned_and_spec(bits: Any, group: int, seed: int) -> tuple[Tensor, Tensor, Pruned, SparseSpec]:
     weight = normal(20, 32, seed=seed)
-    gram = gram_of(inputs()).matrix
+    gram = gram_of(correlated()).matrix
     kept = 301
     codec = Integer(bits=bits, group=group)
     return weight, gram, prune(weight, gram, kept), SparseSpec(rows=20, cols=32, nonzeros=kept, codec=codec)
@@ -308,10 +325,14 @@ def test_the_forms_offered() -> None:
 
     whole = {("quantize", 0.0, bits) for bits in (8, 6, 4)}
     alone = {("lowrank-sparse", 0.0, bits) for bits in (8, 6, 4, 3)}
-    assert told(LowRankSparseConfig()) == alone | whole
+    beside = {("lowrank-sparse", 0.2, 4), ("lowrank-sparse", 0.1, 3)}
+    assert told(LowRankSparseConfig()) == alone | beside | whole
+    assert told(LowRankSparseConfig(rank_share=0.0)) == alone | whole
     beside = {("lowrank-sparse", 0.1, bits) for bits in (8, 6, 4, 3)}
     assert told(LowRankSparseConfig(rank_share=0.1)) == alone | beside | whole
-    assert told(LowRankSparseConfig(value_bits=4)) == {("lowrank-sparse", 0.0, 4)}
+    assert told(LowRankSparseConfig(value_bits=4, rank_share=0.0)) == {("lowrank-sparse", 0.0, 4)}
+    assert told(LowRankSparseConfig(value_bits=4)) == {("lowrank-sparse", 0.0, 4), ("lowrank-sparse", 0.2, 4)}
+    assert told(LowRankSparseConfig(value_bits=8)) == {("lowrank-sparse", 0.0, 8)}
     both = {("lowrank-sparse", 0.0, 4), ("lowrank-sparse", 0.2, 4)}
     assert told(LowRankSparseConfig(value_bits=4, rank_share=0.2)) == both
     assert all(each.rounds == 3 for each in variants(LowRankSparseConfig(rounds=3)) if hasattr(each, "rounds"))
@@ -337,3 +358,22 @@ def test_the_knapsack_mixes_forms_within_the_budget(ratio: float, words: Path, t
     assert len({(method["name"], method["value_bits"]) for method in methods.values()}) > 1
     sparse = [name for name, method in methods.items() if method["name"] == "lowrank-sparse"]
     assert {name for name in methods if "down_proj" in name or "q_proj" in name} <= set(sparse)
+
+
+def test_ranks_are_chosen_for_the_weight_that_has_them(words: Path, tmp_path: Path) -> None:
+    """Strong in few directions, with values alike in all others: few bits are not fine enough for what is strong."""
+    toy = toy_folder(tmp_path / "toy", "llama")
+    tensors = load_file(toy / "model.safetensors")
+    (planted,) = [name for name in tensors if "layers.0.mlp.down_proj" in name]
+    rows, cols = tensors[planted].shape
+    tensors[planted] = normal(rows, 1, seed=3) @ normal(1, cols, seed=4) + 0.1 * normal(rows, cols, seed=5)
+    save_file(tensors, toy / "model.safetensors", metadata={"format": "pt"})
+    calibration = {"text": [str(words)], "sequences": 4, "length": 32}
+    method = {"name": "lowrank-sparse", "rounds": 3, "sweeps": 1}
+    settings = {"model": str(toy), "ratio": 0.7, "measure": "relative", "include": "*.0.mlp.*"}
+    for share in (None, 0.0):
+        recipe = Recipe.parse({**settings, "method": {**method, "rank_share": share}, "calibration": calibration})
+        record = lexigram.compress(recipe, tmp_path / f"out-{share}")
+        forms = {layer.name: layer.factors["form"] for layer in record.layers}
+        assert forms[planted.removesuffix(".weight")] == "sum" or share == 0.0
+        assert share is None or "sum" not in forms.values()

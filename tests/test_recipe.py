@@ -36,7 +36,9 @@ OTHERS = st.one_of(
     st.builds(WandaConfig, value_bits=st.sampled_from(BITS)),
     st.builds(SparseGptConfig, columns=st.integers(1, 999), order=st.sampled_from(["activation", "natural"])),
     st.builds(OatsConfig, rank_share=st.floats(0, 1), rounds=st.integers(1, 99)),
-    st.builds(LowRankSparseConfig, rank_share=st.floats(0, 1), value_bits=st.none() | st.sampled_from(BITS)),
+    st.builds(
+        LowRankSparseConfig, rank_share=st.none() | st.floats(0, 1), value_bits=st.none() | st.sampled_from(BITS)
+    ),
 )
 CHOOSING = st.builds(
     CapConfig,
@@ -83,6 +85,7 @@ FILES = st.sampled_from(["knapsack", "uniform", "a/allocation.json", "null", "1"
 @given(
     st.one_of(
         recipes(method=OTHERS | FREE, allocation=FILES, measure=st.sampled_from(["loss", "relative", "absolute"])),
+        recipes(method=OTHERS | FREE, allocation=st.just("knapsack"), refine=st.integers(0, 99)),
         recipes(method=LOW_RANK | FREE, share=st.just("consecutive"), group=st.integers(2, 9), allocation=FILES),
         recipes(method=LOW_RANK | FREE, share=st.sampled_from(["matched", "site"]), allocation=FILES),
         recipes(method=OTHERS | FREE, sequential=st.booleans(), correction=st.floats(0, 1)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lexigram.allocation.knapsack import choose, interpolated
+from lexigram.allocation.knapsack import interpolated
 from lexigram.allocation.matching import pair_distance, pairs
 from lexigram.allocation.offers import GRID, MEASURED, form_at
 from lexigram.allocation.uniform import budget, uniform
@@ -29,6 +30,7 @@ from lexigram.factors import DenseSpec, GroupSpec
 from lexigram.jsonfiles import write_json
 from lexigram.methods import (
     AnyMethod,
+    Fitted,
     Member,
     MethodConfig,
     QuantizeConfig,
@@ -37,10 +39,14 @@ from lexigram.methods import (
 from lexigram.methods.base import sketch, variants
 from lexigram.planning import Plan
 from lexigram.recipe import UNIFORM
+from lexigram.refinement import Offer, allocated, refine
 from lexigram.running import Stages
 from lexigram.targets import Target
+from lexigram.tensorfiles import TensorFiles
 
 SENSITIVITY_SEQUENCES = 8
+_VERSION = 2
+"""Of what a sketch is: curves that were kept with another one are measured again."""
 
 
 class Point(BaseModel):
@@ -106,7 +112,43 @@ def decide(
         curves = curves.model_copy(update={"sensitivity": _sensitivity(plan, model, ids, progress)})
     write_json(file, curves.model_dump(mode="json"))
     amount = budget(plan.targets, recipe.ratio, "bytes").amount
-    return knapsack(curves, groups, targets, recipe.measure, amount)
+    offered = offers(curves, groups, targets, recipe.measure)
+    if recipe.refine:
+        sketches = _Sketches(plan, weight, store, file.with_name(f"{file.stem}-sketches"))
+        return refine(plan, offered, amount, sketches.weight, model, ids, progress)
+    return allocated(offered, amount)
+
+
+class _Sketches:
+    """Models' weights as sketches of forms, for the refinement: the errors lie on disk, made when they are first asked for."""
+
+    def __init__(self, plan: Plan, weight: Callable[[str], Tensor], store: GramStore, folder: Path) -> None:
+        self._targets = {target.name: target for target in plan.targets}
+        self._seed, self._original, self._store = plan.recipe.seed, weight, store
+        self._files = TensorFiles(folder, plan.device, "sketch")
+
+    def weight(self, offer: Offer) -> dict[str, Tensor]:
+        """What the weights of a unit become, (out, in) by name; none where it is kept as it is."""
+        if offer.measured is None:
+            return {}
+        errors = self._errors(offer.measured)
+        pairs = zip(offer.measured.members, offer.scales, strict=True)
+        return {name: self._original(name).float() + scale * errors[name].float() for name, scale in pairs}
+
+    def _errors(self, unit: Unit) -> dict[str, Tensor]:
+        """bfloat16 (out, in) by name: the sketch less the weight."""
+        name = hashlib.sha256(unit.model_dump_json().encode()).hexdigest()[:32]
+        if not self._files.has(name):
+            targets = [self._targets[member] for member in unit.members]
+            with self._store.using(target.site for target in targets) as grams:
+                members = [Member(self._original(target.name), grams[target.site]) for target in targets]
+                fitted = _sketched(self._seed, unit.method, targets, members, unit.spec)
+            lost = {
+                target.name: (factor.to_dense() - member.weight.float()).bfloat16()
+                for target, member, (factor, _) in zip(targets, members, fitted.members, strict=True)
+            }
+            self._files.put(name, lost)
+        return self._files.get(name)[0]
 
 
 def matched_pairs(
@@ -163,13 +205,19 @@ def _curve(seed: int, method: MethodConfig, targets: Sequence[Target], members: 
         spec = form_at(method, targets, ratio)
         if spec is None or spec.bytes in points:
             continue
-        try:
-            fitted = fit_group(sketch(method), members, spec, torch.Generator().manual_seed(seed))
-        except ValueError as error:
-            raise LexigramError(f"{' + '.join(t.name for t in targets)} cannot be measured: {error}") from error
+        fitted = _sketched(seed, method, targets, members, spec)
         errors = tuple(report.relative_error**2 for _, report in fitted.members)
         points[spec.bytes] = Point(bytes=spec.bytes, errors=errors)
     return Curve(members=tuple(t.name for t in targets), method=cast(AnyMethod, method), points=tuple(points.values()))
+
+
+def _sketched(
+    seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member], spec: GroupSpec
+) -> Fitted:
+    try:
+        return fit_group(sketch(method), members, spec, torch.Generator().manual_seed(seed))
+    except ValueError as error:
+        raise LexigramError(f"{' + '.join(t.name for t in targets)} cannot be measured: {error}") from error
 
 
 def _sensitivity(plan: Plan, model: PreTrainedModel, ids: Tensor, progress: Stages) -> dict[str, float]:
@@ -182,7 +230,7 @@ def _sensitivity(plan: Plan, model: PreTrainedModel, ids: Tensor, progress: Stag
 def _file(plan: Plan, groups: Sequence[Sequence[str]], store: GramStore) -> Path:
     """Where the curves of these groups and this method lie, beside the Grams that decide about them."""
     content = json.dumps(
-        [plan.recipe.method.model_dump(), plan.recipe.seed, [list(names) for names in groups], MEASURED]
+        [_VERSION, plan.recipe.method.model_dump(), plan.recipe.seed, [list(names) for names in groups], MEASURED]
     )
     return store.folder / f"curves-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
 
@@ -197,16 +245,13 @@ def _read(file: Path) -> Curves | None:
         raise LexigramError(f"the curves {file} cannot be read: {reason}; delete the file and run again") from error
 
 
-def knapsack(
-    curves: Curves, groups: Sequence[Sequence[str]], targets: dict[str, Target], measure: str, amount: int
-) -> Allocation:
-    """Spend `amount` bytes where they lower the cost most.
+def offers(
+    curves: Curves, groups: Sequence[Sequence[str]], targets: dict[str, Target], measure: str
+) -> list[list[Offer]]:
+    """Every form that every unit may take, with its cost.
 
     The cost of an error is by `measure`: its share of the output's energy (`relative`), its energy (`absolute`), or its energy
     times the sensitivity of the loss there (`loss`).
-
-    Raises:
-        LexigramError: where the cheapest choice of all units needs more than `amount`.
     """
     price = {
         name: {
@@ -216,19 +261,14 @@ def knapsack(
         }[measure]
         for name in targets
     }
-    offers = [_offers(curves, tuple(names), targets, price) for names in groups]
-    choice = choose([[(unit.spec.bytes, cost) for unit, cost in offer] for offer in offers], amount)
-    return Allocation(units=tuple(offer[pick][0] for offer, pick in zip(offers, choice.picks, strict=True)))
+    return [_offers(curves, tuple(names), targets, price) for names in groups]
 
 
-def _offers(
-    curves: Curves, names: tuple[str, ...], targets: dict[str, Target], price: dict[str, float]
-) -> list[tuple[Unit, float]]:
-    """Every form that a unit may take, with its cost."""
+def _offers(curves: Curves, names: tuple[str, ...], targets: dict[str, Target], price: dict[str, float]) -> list[Offer]:
     members = [targets[name] for name in names]
     keep = GroupSpec(members=tuple(DenseSpec(rows=m.shape[0], cols=m.shape[1]) for m in members))
     # What rounding to bfloat16 does is in every form, and in the reference too.
-    found = [(Unit(members=names, method=QuantizeConfig(value_bits=16), spec=keep), 0.0)]
+    found = [Offer(Unit(members=names, method=QuantizeConfig(value_bits=16), spec=keep), 0.0)]
     for curve in curves.curves:
         if curve.members != names:
             continue
@@ -239,7 +279,31 @@ def _offers(
         wanted = [form_at(curve.method, members, ratio) for ratio in (GRID if len(sizes) > 1 else (0.0,))]
         specs = [spec for spec in wanted if spec is not None]
         at = interpolated(sizes, costs, [spec.bytes for spec in specs])
-        found += [
-            (Unit(members=names, method=curve.method, spec=spec), cost) for spec, cost in zip(specs, at, strict=True)
-        ]
+        measured = _measured_forms(curve, members)
+        for spec, cost in zip(specs, at, strict=True):
+            point = min(curve.points, key=lambda each: abs(each.bytes - spec.bytes))
+            found.append(
+                Offer(
+                    Unit(members=names, method=curve.method, spec=spec),
+                    cost,
+                    Unit(members=names, method=curve.method, spec=measured[point.bytes]),
+                    _scales(curve, point, spec.bytes),
+                )
+            )
     return found
+
+
+def _measured_forms(curve: Curve, members: Sequence[Target]) -> dict[int, GroupSpec]:
+    """By their bytes; of equal ones the first, which is the one that was measured."""
+    forms = [form_at(curve.method, members, ratio) for ratio in MEASURED]
+    return {form.bytes: form for form in reversed(forms) if form is not None}
+
+
+def _scales(curve: Curve, point: Point, size: int) -> tuple[float, ...]:
+    """What each member's error at a measured point is multiplied by to be as large as the curve says for `size` bytes."""
+    sizes = [each.bytes for each in curve.points]
+    scales = []
+    for index, error in enumerate(point.errors):
+        (here,) = interpolated(sizes, [each.errors[index] for each in curve.points], [max(size, min(sizes))])
+        scales.append(math.sqrt(here / error) if error else 0.0)
+    return tuple(scales)

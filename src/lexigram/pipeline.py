@@ -6,16 +6,13 @@ are made first and kept in a folder. Then save.
 """
 
 import hashlib
-import json
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lexigram.allocation.units import Allocation, Unit
@@ -23,20 +20,21 @@ from lexigram.calibration.passes import plain_grams, sequential_grams
 from lexigram.calibration.sampling import sample_sequences
 from lexigram.calibration.store import GramStore
 from lexigram.calibration.tokens import TokenSequences
-from lexigram.choice import choose_parts
+from lexigram.choice import choose_parts, parts_key
 from lexigram.curves import decide
 from lexigram.errors import LexigramError
-from lexigram.factors import Factor, factor_spec
 from lexigram.gram import Gram
-from lexigram.methods import FitReport, Fitted, Member, fit_group
+from lexigram.methods import Fitted, Member, fit_group
 from lexigram.methods.base import assemble, chooses
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
-from lexigram.records import LayerRecord, RunRecord, SharedRecord, Stopwatch, machine, peak_memory_bytes, versions
-from lexigram.running import Silent, Stages
+from lexigram.recording import Ledger, run_record
+from lexigram.records import RunRecord, Stopwatch
+from lexigram.running import Silent, Stages, counted
 from lexigram.staging import RUN_FILE, check_target, staged
-from lexigram.targets import Target, decoder_layers, weight_of
-from lexigram.transformers_io import SHARED, FactoredLinear, attach_config, share
+from lexigram.targets import decoder_layers, weight_of
+from lexigram.transformers_io import FactoredLinear, attach_config, share
+from lexigram.weights import check_finite, check_storable, model_sha256, weights_sha256
 
 ALLOCATION_FILE = "allocation.json"
 
@@ -77,15 +75,15 @@ def compress(
         check_target(out, overwrite=overwrite, needed_bytes=prepared.disk_bytes)
     with watch.stage("load"), progress.stage("load the model", 1) as step:
         model = prepared.source.model(prepared.device)
-        _check_finite(model, recipe.model)
-        _check_storable(model, {target.name for target in prepared.targets}, recipe.dtype)
+        check_finite(model, recipe.model)
+        check_storable(model, {target.name for target in prepared.targets}, recipe.dtype)
         step()
     tokens = prepared.tokens
     if tokens is None:
         with watch.stage("sample"):
-            tokens = _sample(prepared, model, progress)
-    digest = _weights_sha256(model, prepared.targets)
-    work = _Work(prepared, model, tokens, digest, watch, progress)
+            tokens = sampled(prepared, model, progress)
+    digest = weights_sha256(model, prepared.targets)
+    work = _Work(prepared, model, tokens, watch, progress)
     allocation = work.run(out)
     with staged(out, overwrite=overwrite) as folder:
         with watch.stage("save"), progress.stage("save", 1) as step:
@@ -95,40 +93,22 @@ def compress(
             step()
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (folder / ALLOCATION_FILE).write_text(allocation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        record = _record(work, allocation, folder)
+        record = run_record(folder, prepared, tokens, digest, allocation, work.ledger, watch)
         (folder / RUN_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return record
 
 
-def stored_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of every tensor in the weight files of `folder`, by name."""
-    sizes: dict[str, int] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - not a dict
-                tensor = opened.get_tensor(key)
-                sizes[key] = tensor.numel() * tensor.element_size()
-    return sizes
-
-
-def _sample(prepared: Plan, model: PreTrainedModel, progress: Stages) -> TokenSequences:
+def sampled(prepared: Plan, model: PreTrainedModel, progress: Stages) -> TokenSequences:
+    """The calibration of a plan that has no tokens, sampled from the model itself."""
     calibration = prepared.recipe.calibration
     with progress.stage("sample calibration text", calibration.sequences) as step:
-        done = 0
-
-        def report(now: int, _total: int) -> None:
-            nonlocal done
-            for _ in range(now - done):
-                step()
-            done = now
-
         return sample_sequences(
             model,
             prepared.source.tokenizer(),
             calibration.sequences,
             prepared.length,
             calibration.seed,
-            progress=report,
+            progress=counted(step),
         )
 
 
@@ -140,15 +120,13 @@ class _Work:
         prepared: Plan,
         model: PreTrainedModel,
         tokens: TokenSequences,
-        weights_sha256: str,
         watch: Stopwatch,
         progress: Stages,
     ) -> None:
-        self.prepared, self.model, self.tokens, self.weights_sha256 = prepared, model, tokens, weights_sha256
+        self.prepared, self.model, self.tokens = prepared, model, tokens
         self.watch, self.progress = watch, progress
         self.targets = {target.name: target for target in prepared.targets}
-        self.layers: dict[str, LayerRecord] = {}
-        self.shared: list[SharedRecord] = []
+        self.ledger = Ledger()
 
     def run(self, out: Path) -> Allocation:
         """Replace every target; the allocation that was used."""
@@ -177,7 +155,7 @@ class _Work:
 
     def _chosen(self, out: Path, store: GramStore) -> Allocation:
         """Decompose all weights, choose among their parts, and put in place what was chosen."""
-        with _temporary_folder(out, "parts") as folder:
+        with self._parts_folder(out) as folder:
             with self.watch.stage("allocate"):
                 chosen = choose_parts(
                     self.prepared, self._weight, store, folder, self.model, self.tokens.ids, self.progress
@@ -194,6 +172,16 @@ class _Work:
                     self._put(unit, Fitted([fitted]))
                     step()
         return chosen.allocation
+
+    @contextmanager
+    def _parts_folder(self, out: Path) -> Iterator[Path]:
+        """In the cache under what decides the parts, or beside `out` where it goes away."""
+        if self.prepared.cache is None:
+            with _temporary_folder(out, "parts") as folder:
+                yield folder
+            return
+        key = hashlib.sha256(f"{model_sha256(self.model)} {parts_key(self.prepared.recipe)}".encode())
+        yield self.prepared.cache / f"parts-{key.hexdigest()[:16]}"
 
     def _streamed(self, allocation: Allocation) -> None:
         """Fit every unit as soon as all its Grams are there, and let go of those that no unit waits for."""
@@ -246,7 +234,7 @@ class _Work:
         """In the cache under what decides the Grams, or in a folder beside `out` that goes away."""
         device = self.prepared.device
         if self.prepared.cache is not None:
-            decides = (_model_sha256(self.model), self.tokens.sha256, str(self.prepared.compute_dtype))
+            decides = (model_sha256(self.model), self.tokens.sha256, str(self.prepared.compute_dtype))
             key = hashlib.sha256(" ".join(decides).encode()).hexdigest()
             yield GramStore(self.prepared.cache / f"grams-{key[:16]}", device)
             return
@@ -279,14 +267,11 @@ class _Work:
             module = self.model.get_submodule(target.name)
             bias = module.bias if isinstance(module.bias, Tensor) else None
             self.model.set_submodule(target.name, FactoredLinear(factors, bias, transposed=target.transposed))
-            self.layers[target.name] = _layer_record(target, factors, report)
+            self.ledger.enter(target, factors, report)
         if fitted.shared is not None:
             name = next(fitted.members[0][0].spec.references()).name
             share(self.model, {name: fitted.shared})
-            spec = fitted.shared.spec
-            self.shared.append(
-                SharedRecord(name=name, members=list(unit.members), factors=spec.model_dump(), bytes=spec.bytes)
-            )
+            self.ledger.enter_shared(name, unit.members, fitted.shared)
 
 
 @contextmanager
@@ -297,113 +282,7 @@ def _temporary_folder(out: Path, content: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _layer_record(target: Target, factors: Factor, report: FitReport) -> LayerRecord:
-    return LayerRecord(
-        name=target.name,
-        kind=target.kind,
-        layer=target.layer,
-        shape=target.shape,
-        site=target.site,
-        factors=factors.spec.model_dump(),
-        bytes_before=target.dense_bytes,
-        bytes_after=factors.spec.bytes,
-        parameters_after=factors.spec.parameters,
-        fit=report,
-    )
-
-
-def _weights_sha256(model: nn.Module, targets: Sequence[Target]) -> str:
-    """Of the weights to compress, as they were loaded, in the model's order."""
-    return _sha256(weight_of(model.get_submodule(target.name)) for target in targets)
-
-
-def _model_sha256(model: PreTrainedModel) -> str:
-    """Of all weights and the config, wherever it lies: whatever is before a layer decides its inputs."""
-    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
-    content = _sha256(model.parameters()) + json.dumps(config, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _sha256(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
-
-
-def _check_finite(model: nn.Module, name: str) -> None:
-    """Raise where a weight is NaN or infinite, compressed or not: the result would be broken without a sign."""
-    for parameter, values in model.named_parameters():
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise LexigramError(
-                f"{name} has values in {parameter} that are not finite (NaN or infinity); mend the checkpoint"
-            )
-
-
-def _check_storable(model: nn.Module, targets: set[str], dtype: str) -> None:
-    """Raise, before any work, where what is not compressed would overflow in the dtype that it is stored in."""
-    most = torch.finfo(getattr(torch, dtype)).max
-    for parameter, values in model.named_parameters():
-        if parameter.removesuffix(".weight") not in targets and float(values.detach().abs().max()) > most:
-            raise LexigramError(
-                f"{parameter} has values beyond {most:g}, the largest {dtype}; store it in another --dtype"
-            )
-
-
 def _generator(seed: int, name: str) -> torch.Generator:
     """One stream of random numbers a layer, whatever the order in which layers are fitted."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _record(work: _Work, allocation: Allocation, folder: Path) -> RunRecord:
-    prepared, recipe, device, tokens = work.prepared, work.prepared.recipe, work.prepared.device, work.tokens
-    layers = [work.layers[target.name] for target in prepared.targets]
-    before, after = prepared.bytes_before, sum(layer.bytes_after for layer in layers)
-    after += sum(shared.bytes for shared in work.shared)
-    weights = sum(target.weight_count for target in prepared.targets)
-    matrices = {f"{layer.name}.factors": layer.factors for layer in layers}
-    matrices |= {f"{SHARED}.{shared.name}": shared.factors for shared in work.shared}
-    promised = {
-        ".".join(filter(None, (name, path, part))): f"{leaf.form} {part}"
-        for name, factors in matrices.items()
-        for path, leaf in factor_spec.validate_python(factors).leaves()
-        for part in leaf.stored()
-    }
-    by_kind: dict[str, int] = {}
-    for name, size in stored_bytes(folder).items():
-        kind = promised.get(name, "not compressed")
-        by_kind[kind] = by_kind.get(kind, 0) + size
-    uncompressed = by_kind.get("not compressed", 0)
-    if sum(by_kind.values()) - uncompressed != after:
-        raise AssertionError("the files do not weigh what the ledger says; please report this")
-    return RunRecord(
-        lexigram=versions()["lexigram"],
-        command=" ".join(sys.argv),
-        versions=versions(),
-        machine={**machine(device), "compute_dtype": str(prepared.compute_dtype).removeprefix("torch.")},
-        recipe=recipe.model_dump(mode="json"),
-        model=recipe.model,
-        weights_sha256=work.weights_sha256,
-        calibration_source=tokens.source,
-        calibration_sha256=tokens.sha256,
-        calibration_tokens=tokens.ids.numel(),
-        requested_ratio=recipe.ratio,
-        ratio=1 - after / before,
-        bits_per_weight=8 * after / weights,
-        parameter_ratio=1 - sum(unit.spec.parameters for unit in allocation.units) / weights,
-        bytes_before=before,
-        bytes_after=after,
-        model_bytes_before=uncompressed + before,
-        model_bytes_after=uncompressed + after,
-        source_file_bytes=prepared.source.file_bytes(),
-        bytes_by_kind=by_kind,
-        mean_relative_error=sum(layer.fit.relative_error for layer in layers) / len(layers),
-        seconds=work.watch.seconds,
-        peak_memory_bytes=peak_memory_bytes(),
-        device_peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        stages=work.watch.stages,
-        files=sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
-        layers=layers,
-        shared=work.shared,
-    )

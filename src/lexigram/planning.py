@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lexigram.allocation.matching import consecutive, same_site, siblings
+from lexigram.allocation.matching import consecutive, coupled, same_site, siblings
 from lexigram.allocation.offers import check_reach
 from lexigram.allocation.uniform import budget, uniform
 from lexigram.allocation.units import Allocation
@@ -20,15 +20,16 @@ from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec
-from lexigram.methods.base import chooses
+from lexigram.methods.base import chooses, couples
 from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Recipe
 from lexigram.source import Source
-from lexigram.targets import Target, find_targets
+from lexigram.targets import Target, check_separate, find_targets
 from lexigram.transformers_io import is_compressed
 
 _DEFAULT_LENGTH = 1024
 _DESCRIPTIONS = 20_000_000  # bytes on disk for tokenizer, configs and run.json
 _PARTS = 8  # bytes of disk for every weight that is split into parts: some 1.6 numbers of 4 bytes, and a byte of their support
+_SKETCHES = 8  # bytes of disk for every weight that a refinement makes sketches of: measured, some 4 forms in bfloat16
 _BASELINE = 500_000_000  # bytes of memory that Python and torch take by themselves
 
 
@@ -83,6 +84,8 @@ class Plan:
         kept = sum(8 * width**2 for width in widths.values()) if self.allocation is None and self.cache is None else 0
         if self.allocation is None and chooses(self.recipe.method):
             kept += sum(_PARTS * target.weight_count for target in self.targets)
+        if self.recipe.refine and self.cache is None:
+            kept += sum(_SKETCHES * target.weight_count for target in self.targets)
         return self.uncompressed_bytes + self.bytes_after + _DESCRIPTIONS + kept
 
 
@@ -91,7 +94,8 @@ def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
 
     Args:
         recipe: the whole run.
-        cache: a folder where Grams are kept, so that another run on the same weights and text need not make them again.
+        cache: a folder where Grams, curves and decompositions are kept, so that another run on the same weights and text need not
+            make them again.
 
     Raises:
         LexigramError: for a model, pattern, text, device or ratio that will not do.
@@ -119,7 +123,12 @@ def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
         length=length,
         tokens=None if recipe.calibration.text == (SELF,) else _read_tokens(recipe, source, length),
         uncompressed_bytes=_uncompressed_bytes(recipe, skeleton, targets),
-        memory_bytes=_memory_bytes(skeleton, targets, recipe.calibration.sequences * length),
+        memory_bytes=_memory_bytes(
+            skeleton,
+            targets,
+            recipe.calibration.sequences * length,
+            drawn=recipe.refine > 0 or chooses(recipe.method),
+        ),
         device=device,
         compute_dtype=forward_dtype(device, recipe.compute_dtype),
         seconds=time.perf_counter() - start,
@@ -147,7 +156,12 @@ def _check_cache(cache: str | Path | None) -> None:
 
 
 def _groups(recipe: Recipe, skeleton: PreTrainedModel, targets: list[Target]) -> list[tuple[str, ...]] | None:
-    """Which targets share, where their names and shapes tell it."""
+    """Which targets stand together, where their names and shapes tell it."""
+    if couples(recipe.method):
+        groups = coupled(targets)
+        producers = {name for names in groups for name in names[:-1]}
+        check_separate(skeleton, [target for target in targets if target.name in producers])
+        return groups
     if recipe.share == "matched":
         return None
     if recipe.share == "none":
@@ -220,12 +234,16 @@ def _uncompressed_bytes(recipe: Recipe, skeleton: PreTrainedModel, targets: list
     return count * getattr(torch, recipe.dtype).itemsize
 
 
-def _memory_bytes(skeleton: PreTrainedModel, targets: list[Target], tokens: int) -> int:
-    """Model in float32, hidden states of all calibration tokens, Grams and whitening of the dearest decoder layer."""
+def _memory_bytes(skeleton: PreTrainedModel, targets: list[Target], tokens: int, *, drawn: bool) -> int:
+    """Model in float32, hidden states of all calibration tokens, Grams and whitening of the dearest decoder layer.
+
+    Once more the targets, in float32, where a model is tried out with other weights that are `drawn`.
+    """
     weights = sum(4 * parameter.numel() for parameter in skeleton.parameters())
     hidden = 4 * tokens * skeleton.config.get_text_config().hidden_size
     inputs: dict[int | None, dict[str, int]] = {}
     for target in targets:
         inputs.setdefault(target.layer, {})[target.site] = target.shape[1]
     grams = max(sum(3 * 8 * width**2 for width in sites.values()) for sites in inputs.values())
-    return _BASELINE + weights + hidden + grams
+    tried = 4 * sum(target.weight_count for target in targets) if drawn else 0
+    return _BASELINE + weights + max(hidden + grams, tried)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lexigram.allocation.uniform import Accounting
 from lexigram.errors import LexigramError
 from lexigram.methods import METHODS, PRESETS, AnyMethod, CospadiConfig, QuantizeConfig
-from lexigram.methods.base import chooses, shares
+from lexigram.methods.base import chooses, couples, shares
 from lexigram.shown import CALIBRATION, FORM, MACHINE, Shown
 
 SELF = "self"
@@ -77,6 +77,9 @@ class Recipe(BaseModel):
     )
     measure: Literal["loss", "relative", "absolute"] = Field(
         default="loss", description="What the knapsack counts as the cost of an error."
+    )
+    refine: int = Field(
+        default=0, ge=0, description="Steps that move the knapsack's costs by the loss of the models that they lead to."
     )
     sequential: Annotated[bool, Shown(CALIBRATION)] = Field(
         default=False, description="Calibrate every layer on inputs from the already compressed ones."
@@ -146,6 +149,11 @@ class Recipe(BaseModel):
             object.__setattr__(self, "allocation", self.method.allocation)
         if chooses(self.method) and self.allocation == KNAPSACK:
             raise ValueError(f"the method {self.method.name} chooses by itself; take the allocation global or uniform")
+        if couples(self.method) and self.allocation == KNAPSACK:
+            raise ValueError(
+                f"the knapsack adds up the errors of all matrices, and {self.method.name} loses only at the last of several; "
+                "take the allocation uniform"
+            )
         if chooses(self.method) and self.sequential:
             raise ValueError(
                 f"the method {self.method.name} chooses over the original model's layers together; leave sequential out"
@@ -156,6 +164,13 @@ class Recipe(BaseModel):
             raise ValueError("the accounting `paper` counts values, and quantisation removes none; leave it out")
         if self.accounting == "paper" and self.allocation == KNAPSACK:
             raise ValueError("the knapsack counts stored bytes; leave the accounting `paper` out, or take uniform")
+        if self.refine and self.allocation != KNAPSACK:
+            raise ValueError(
+                f"refine moves the costs of the knapsack, and the allocation is {self.allocation}; leave refine out"
+                + ("" if chooses(self.method) or couples(self.method) else f", or take the allocation {KNAPSACK}")
+            )
+        if self.refine and self.calibration.sequences < 2:
+            raise ValueError("refine holds a sequence back to judge by; calibrate on 2 sequences or more")
         if self.share != "consecutive" and self.group != 2:
             raise ValueError(f"share {self.share!r} takes no group; leave group out, or share consecutive")
         return self

@@ -5,11 +5,15 @@ only losses. With masks ``m ~ Bernoulli(s)``, ``grad log p(m) = (m - s) / (s (1 
 ``E[(loss(m) - delta) grad log p(m)]`` is the gradient of the expected loss whatever the baseline ``delta``, as long as
 that does not depend on ``m`` (Williams 1992). What a loss is, and what masks mean, is the caller's.
 
+Of numbers instead of masks the policy is Gaussian, ``x ~ N(mean, sigma^2)``, and draws come in pairs ``mean +- sigma z`` whose
+losses are taken on the same batch: what the batch itself loses cancels, and so does any baseline.
+
 Probabilities are float32, 4 bytes a candidate and 1 for a sampled mask, changed in place and in pieces. Half of that would
 not do: float16 has some 4,700 values between .05 and .95, so that the ranking of 1e8 candidates would mostly be ties, and
 a step of the learning rate .05 on a loss that differs by .01, which is 1e-3, is two units in its last place.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lexigram.linalg.budget import pieces, project
+from lexigram.linalg.budget import Projection, pieces, project
 
 Start = Literal["uniform", "random", "sigmoid", "largest"]
 
@@ -25,8 +29,11 @@ LEARNING_RATE = 0.05
 MEMORY = 0.8
 """``beta`` of the moving average of the loss: CAP speaks of a window of 5."""
 
-EPS = 1e-8
-"""Added to ``s (1 - s)``. CAP does not give it; this one leaves all but the probabilities below 1e-7 alone."""
+EPS = 1.0
+"""Added to ``s (1 - s)``. CAP does not give it. Next to nothing leaves the gradient of the expected loss as it is, whose
+estimate has a deviation of ``1 / sqrt(s (1 - s))`` for each candidate: those close to 0 or 1 are thrown about by single losses.
+With 1 a step is all but ``rate (loss - delta) (m - s)``, that of the natural gradient, and bounded for all alike.
+"""
 
 CLIP = (0.05, 0.95)
 
@@ -35,13 +42,15 @@ CLIP = (0.05, 0.95)
 class BernoulliPolicy:
     """Probabilities of candidates, a tensor and a cost for each kind of them, the budget, and what the losses were like.
 
-    `baseline` is the moving average of the loss; None until there was one.
+    `baseline` is the moving average of the loss; None until there was one. `projection` is what the distance to the budget is
+    measured in.
     """
 
     probabilities: list[Tensor]
     costs: list[float]
     budget: float
     baseline: float | None = None
+    projection: Projection = "weighted"
 
 
 def sample(probabilities: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -99,7 +108,52 @@ def update(
                 start=torch.zeros_like(piece),
             )
             piece.sub_(moved)
-    project(policy.probabilities, policy.costs, policy.budget)
+    project(policy.probabilities, policy.costs, policy.budget, metric=policy.projection)
+
+
+@dataclass
+class GaussianPolicy:
+    """The mean of numbers that are drawn with one deviation, and how far the losses of a pair were apart.
+
+    `spread` is the moving average of the squared difference of the losses; None until there was a pair.
+    """
+
+    mean: Tensor
+    deviation: float
+    spread: float | None = None
+
+    def pair(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise of the mean's shape, standard normal, and the two draws that it makes: ``mean +- sigma noise``."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
+        return noise, self.mean + self.deviation * noise, self.mean - self.deviation * noise
+
+
+def pair_gradient(noise: Tensor, up: float, down: float, deviation: float) -> Tensor:
+    """``(loss(mean + sigma z) - loss(mean - sigma z)) z / (2 sigma)``, of the noise's shape.
+
+    An estimate without bias of the gradient of the expected loss by the mean: REINFORCE, averaged over both draws.
+    """
+    return (up - down) / (2 * deviation) * noise
+
+
+def update_by_pair(
+    policy: GaussianPolicy, noise: Tensor, up: float, down: float, *, rate: float, memory: float = MEMORY
+) -> None:
+    """One step from a pair of losses: ``mean <- mean - rate sigma^2 gradient / spread^(1/2)``, twice as long.
+
+    That is the natural gradient, in units of what losses differ by, so that a rate has the same meaning for every model: a pair
+    that differs as usual moves the mean by ``rate sigma |z|``.
+
+    Raises:
+        ValueError: where a loss is not finite.
+    """
+    if not (math.isfinite(up) and math.isfinite(down)):
+        raise ValueError(f"the losses are not finite: {[up, down]}; a draw broke the model or its loss overflowed")
+    square = (up - down) ** 2
+    policy.spread = square if policy.spread is None else memory * policy.spread + (1 - memory) * square
+    if policy.spread:
+        gradient = pair_gradient(noise, up, down, policy.deviation)
+        policy.mean = policy.mean - 2 * rate * policy.deviation**2 / math.sqrt(policy.spread) * gradient
 
 
 def started(
