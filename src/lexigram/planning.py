@@ -94,8 +94,8 @@ def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
 
     Args:
         recipe: the whole run.
-        cache: a folder where Grams, curves and decompositions are kept, so that another run on the same weights and text need not
-            make them again.
+        cache: a folder where Grams, curves and decompositions are kept, so that another run on the same weights and text need
+            not make them again.
 
     Raises:
         LexigramError: for a model, pattern, text, device or ratio that will not do.
