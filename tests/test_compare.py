@@ -20,18 +20,16 @@ from lexigram import (
     LexigramError,
     Recipe,
     cli,
-    comparing,
-    comparison_planning,
     pipeline,
-    plots,
     recording,
 )
 from lexigram.cli import compare as comparing_command
 from lexigram.cli.arguments import DtypeName
 from lexigram.cli.compare import repeated
 from lexigram.cli.fields import choices
-from lexigram.comparison import DENSE, Row, difference, figure, markdown, table
-from lexigram.comparison import lines as lines_of
+from lexigram.comparison import order, planning, plot
+from lexigram.comparison.table import DENSE, Row, difference, figure, markdown, table
+from lexigram.comparison.table import lines as lines_of
 from lexigram.recipe import Calibration
 
 SVD, BITS = (f"method: {method}\ninclude: q_proj\n" for method in ("{name: svd}", "{name: svd, value_bits: 8}"))
@@ -98,20 +96,20 @@ def plotted() -> None:
 @pytest.fixture(autouse=True)
 def _plotless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "plotted" not in request.fixturenames:
-        monkeypatch.setattr(comparison_planning, "missing", lambda: "no plot in this test")
+        monkeypatch.setattr(planning, "missing", lambda: "no plot in this test")
 
 
 @pytest.fixture
 def compressed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the models that are compressed from now on."""
     names: list[str] = []
-    real = comparing.compress
+    real = order.compress
 
     def counted(recipe: Recipe, out: Path, **options: Any) -> Any:
         names.append(Path(out).name)
         return real(recipe, out, **options)
 
-    monkeypatch.setattr(comparing, "compress", counted)
+    monkeypatch.setattr(order, "compress", counted)
     return names
 
 
@@ -434,7 +432,7 @@ def test_a_budget_that_is_too_small_is_a_row(place: Place) -> None:
 
 
 def test_a_recipe_that_fails_at_work_does_not_end_the_others(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = comparing.compress
+    real = order.compress
 
     def failing(recipe: Recipe, out: Path, **options: Any) -> Any:
         if Path(out).name == "low":
@@ -443,7 +441,7 @@ def test_a_recipe_that_fails_at_work_does_not_end_the_others(place: Place, monke
 
     files = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
     with monkeypatch.context() as patch:
-        patch.setattr(comparing, "compress", failing)
+        patch.setattr(order, "compress", failing)
         ended = place.compare(*files)
     assert ended.code == 1
     assert "low failed: the fit came to nothing" in ended.out
@@ -585,7 +583,7 @@ def rows_to_draw() -> list[Row]:
 
 
 def test_what_is_drawn_is_what_was_measured() -> None:
-    found = plots.curves(rows_to_draw())
+    found = plot.curves(rows_to_draw())
     assert list(found) == ["one", "two"]
     first, second = found["one"]
     assert (first.ratio, second.ratio) == (0.2, 0.6)
@@ -599,7 +597,7 @@ def test_labels_stand_on_no_other_and_the_axis_is_logarithmic(single: bool, plot
     from matplotlib.text import Annotation
 
     rows = [each for each in rows_to_draw() if not single or each.requested_ratio != 0.6]
-    drawing = plots._drawing(rows, "title")
+    drawing = plot._drawing(rows, "title")
     [axes] = drawing.axes
     assert axes.get_yscale() == "log"
     boxes = [child.get_window_extent() for child in axes.get_children() if isinstance(child, Annotation)]
@@ -613,14 +611,14 @@ def test_a_broken_model_does_not_press_the_others_into_one_line(plotted: None) -
     from matplotlib.text import Annotation
 
     rows = [*rows_to_draw(), row("one", 0.9, token_perplexity=3e12, bits_per_weight=1.6)]
-    [axes] = plots._drawing(rows, "title").axes
+    [axes] = plot._drawing(rows, "title").axes
     assert axes.get_ylim()[1] < 1e5
     assert "0.9 (3e+12)" in [child.get_text() for child in axes.get_children() if isinstance(child, Annotation)]
 
 
 @pytest.mark.parametrize("rows", [[], [row(DENSE, token_perplexity=10.0)], [row("one", 0.2, error="it failed")]])
 def test_a_plot_of_nothing_is_still_a_plot(rows: list[Row], plotted: None, tmp_path: Path) -> None:
-    plots.draw(rows, "nothing", [tmp_path / "plot.png"])
+    plot.draw(rows, "nothing", [tmp_path / "plot.png"])
     assert png_is_whole((tmp_path / "plot.png").read_bytes())
 
 
@@ -696,14 +694,14 @@ def test_rows_are_watched_by_their_names(place: Place) -> None:
         model=str(place.toy), method=lexigram.SvdConfig(), calibration=calibration, device="cpu", include=("q_proj",)
     )
     settings = ComparisonSettings(texts=(str(place.words),), context=64, windows=2)
-    prepared = comparison_planning.plan_comparison({"low": recipe}, place.out, settings)
+    prepared = planning.plan_comparison({"low": recipe}, place.out, settings)
     seen: list[str] = []
 
     @contextmanager
     def watch(name: str) -> Iterator[Any]:
         seen.append(name)
-        yield comparing.Silent()
+        yield order.Silent()
 
-    comparing.run_comparison(prepared, watch=watch, tell=lambda done: seen.append(f"{done.label} done"))
+    order.run_comparison(prepared, watch=watch, tell=lambda done: seen.append(f"{done.label} done"))
     assert seen == ["dense", "dense done", "low", "low done"]
     shutil.rmtree(place.out)

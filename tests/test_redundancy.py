@@ -15,7 +15,7 @@ from rich.console import Console
 
 import lexigram
 from conftest import toy_folder
-from lexigram import LexigramError, Recipe, RunRecord, cli, redundancy, redundancy_plot, report
+from lexigram import LexigramError, Recipe, RunRecord, cli
 from lexigram.factors import (
     Bfloat,
     Codec,
@@ -33,7 +33,8 @@ from lexigram.factors import (
 from lexigram.methods import METHODS
 from lexigram.recipe import Calibration
 from lexigram.records import LayerRecord
-from lexigram.redundancy import (
+from lexigram.reporting import heat_maps, redundancy, tables
+from lexigram.reporting.redundancy import (
     ATOM_BITS,
     ATOMS,
     BITS,
@@ -326,7 +327,7 @@ def test_two_layers_of_one_kind_in_a_decoder_layer_have_rows_of_their_own() -> N
 
 def shown(run: RunRecord, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
-    console.print(report.kinds_table(run))
+    console.print(tables.kinds_table(run))
     return console.export_text()
 
 
@@ -364,7 +365,7 @@ def test_what_is_drawn_are_the_maps(plotted: None) -> None:
 
     run = record(MIXED)
     maps = redundancy.heat_maps(redundancy.layer_figures(run))
-    drawing = redundancy_plot._drawing(run)
+    drawing = heat_maps._drawing(run)
     panels = {axes.get_title("left"): axes for axes in drawing.axes if axes.get_title("left")}
     assert list(panels) == [each.quantity for each in maps]
     for each in maps:
@@ -384,7 +385,7 @@ def test_what_is_drawn_are_the_maps(plotted: None) -> None:
 
 def test_the_largest_value_is_light_and_rounding_is_no_structure(plotted: None) -> None:
     layers = [layer(f"model.layers.{i}.q_proj", i, low_rank((64, 32), 5), 0.2 + i / 1000) for i in range(3)]
-    axes = redundancy_plot._drawing(record(layers)).axes
+    axes = heat_maps._drawing(record(layers)).axes
     [errors] = [each for each in axes if each.get_title("left") == ERROR]
     low, high = errors.collections[0].get_clim()
     assert (low, high) == pytest.approx((0.9 * 0.202, 0.202))
@@ -402,7 +403,7 @@ def test_the_largest_value_is_light_and_rounding_is_no_structure(plotted: None) 
     ids=["only outside", "a single layer", "no error", "100 layers", "100 experts"],
 )
 def test_any_record_can_be_drawn(layers: list[LayerRecord], plotted: None, tmp_path: Path) -> None:
-    redundancy_plot.draw(record(layers, model="a $strange_name$ " * 20), tmp_path / "map.png")
+    heat_maps.draw(record(layers, model="a $strange_name$ " * 20), tmp_path / "map.png")
     assert is_picture(tmp_path / "map.png")
 
 
@@ -421,7 +422,7 @@ def test_thirty_layers_of_seven_kinds_stand_beside_each_other(plotted: None) -> 
         for i in range(30)
         for j, kind in enumerate(kinds)
     ]
-    drawing = redundancy_plot._drawing(record([*layers, MIXED[-1]]))
+    drawing = heat_maps._drawing(record([*layers, MIXED[-1]]))
     drawing.draw_without_rendering()
     boxes = [axes.get_tightbbox() for axes in drawing.axes]
     assert len(boxes) == 2 * 5
@@ -506,7 +507,7 @@ def test_without_matplotlib_it_says_what_to_install(
 def test_a_write_that_fails_leaves_nothing(plotted: None, tmp_path: Path) -> None:
     (tmp_path / "map.png").mkdir()
     with pytest.raises(LexigramError, match=r"map\.png cannot be written"):
-        redundancy_plot.draw(record(MIXED[:1]), tmp_path / "map.png")
+        heat_maps.draw(record(MIXED[:1]), tmp_path / "map.png")
     assert [file.name for file in tmp_path.iterdir()] == ["map.png"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from lexigram import CospadiConfig, Plan, Recipe, RunRecord, SvdConfig, report
+from lexigram import CospadiConfig, Plan, Recipe, RunRecord, SvdConfig
 from lexigram.allocation.units import Allocation, Unit
 from lexigram.factors import (
     Bfloat,
@@ -23,6 +23,7 @@ from lexigram.factors import (
     SumSpec,
 )
 from lexigram.records import LayerRecord
+from lexigram.reporting import tables
 from lexigram.targets import Target
 
 
@@ -134,7 +135,7 @@ def record(**changes: Any) -> RunRecord:
     ],
 )
 def test_sizes(count: float, said: str) -> None:
-    assert report.size(count) == said
+    assert tables.size(count) == said
 
 
 @pytest.mark.parametrize(
@@ -201,17 +202,17 @@ def test_sizes(count: float, said: str) -> None:
     ],
 )
 def test_forms_in_the_fields_own_words(spec: FactorSpec, said: str) -> None:
-    assert report.form(spec.model_dump()) == said
+    assert tables.form(spec.model_dump()) == said
 
 
 def test_forms_of_records_from_before_there_were_blocks() -> None:
     spec = SparseSpec(rows=4, cols=9, nonzeros=10).model_dump()
     del spec["index"], spec["block"]
-    assert report.form(spec) == "sparse 4x9, 2.5 a row"
+    assert tables.form(spec) == "sparse 4x9, 2.5 a row"
 
 
 def test_the_bytes_table_shows_every_kind_largest_first_and_the_sums() -> None:
-    rows = cells(report.bytes_table(record()))
+    rows = cells(tables.bytes_table(record()))
     assert rows[0] == ["kind", "bytes", "share"]
     assert rows[1] == ["not compressed", "1,202,345", "99.3%"]
     assert [row[0] for row in rows[1:5]] == ["not compressed", "dense values", "sparse values", "sparse mask"]
@@ -227,7 +228,7 @@ def test_the_error_map_has_a_row_a_layer_and_a_column_a_kind() -> None:
         layer("model.layers.7.self_attn.q_proj", 7, 0.0),
         layer("lm_head", None, 0.5),
     ]
-    assert cells(report.error_map(layers)) == [
+    assert cells(tables.error_map(layers)) == [
         ["layer", "q_proj", "up_proj", "lm_head"],
         ["0", "0.1234", "0.2000", ""],
         ["7", "0.0000", "", ""],
@@ -238,11 +239,11 @@ def test_the_error_map_has_a_row_a_layer_and_a_column_a_kind() -> None:
 def test_two_layers_of_one_kind_in_a_decoder_layer_both_show() -> None:
     """GPT-2 has a c_proj in its attention and one in its MLP."""
     layers = [layer("transformer.h.0.attn.c_proj", 0, 0.1), layer("transformer.h.0.mlp.c_proj", 0, 0.3)]
-    assert cells(report.error_map(layers)) == [["layer", "attn.c_proj", "mlp.c_proj"], ["0", "0.1000", "0.3000"]]
+    assert cells(tables.error_map(layers)) == [["layer", "attn.c_proj", "mlp.c_proj"], ["0", "0.1000", "0.3000"]]
 
 
 def test_layers_without_any_error_do_not_break_the_colours() -> None:
-    assert cells(report.error_map([layer("model.layers.0.q", 0, 0.0)]))[1] == ["0", "0.0000"]
+    assert cells(tables.error_map([layer("model.layers.0.q", 0, 0.0)]))[1] == ["0", "0.0000"]
 
 
 def test_the_forms_table_groups_by_kind_and_shape() -> None:
@@ -251,7 +252,7 @@ def test_the_forms_table_groups_by_kind_and_shape() -> None:
         layer("model.layers.1.q_proj", 1, 0.3),
         layer("model.layers.1.up_proj", 1, 0.2, dictionary((172, 64), 47, 24)),
     ]
-    first, second, queries, up = cells(report.forms_table(layers))
+    first, second, queries, up = cells(tables.forms_table(layers))
     assert [" ".join(parts).strip() for parts in zip(first, second, strict=True)] == [
         "layers",
         "kind",
@@ -271,7 +272,7 @@ def test_forms_that_differ_within_a_kind_have_rows_of_their_own() -> None:
     layers = [
         layer(f"model.layers.{i}.q_proj", i, 0.1 + i / 10, low_rank((64, 32), rank)) for i, rank in enumerate(ranks)
     ]
-    _, _, five, seven = cells(report.forms_table(layers))
+    _, _, five, seven = cells(tables.forms_table(layers))
     assert five == ["2", "q_proj", "64x32", "rank 5", "960 B", "0.2000", "0.3000"]
     assert seven == ["1", "q_proj", "64x32", "rank 7", "1.3 kB", "0.2000", "0.2000"]
 
@@ -300,7 +301,7 @@ def test_the_plan_has_a_row_a_form_and_the_bytes_of_its_layers() -> None:
         Unit(members=(name,), method=SvdConfig(), spec=GroupSpec(members=(low_rank((64, 32), rank),)))
         for name, rank in zip(NAMES, (5, 7, 5), strict=True)
     ]
-    _, five, seven, everything, rest = cells(report.plan_table(plan_of(units, 3_264)))
+    _, five, seven, everything, rest = cells(tables.plan_table(plan_of(units, 3_264)))
     assert five == ["2", "q_proj", "64x32", "rank 5", "8.2 kB", "1.9 kB"]
     assert seven == ["1", "q_proj", "64x32", "rank 7", "4.1 kB", "1.3 kB"]
     assert everything == ["3", "all", "", "", "12.3 kB", "3.3 kB"]
@@ -319,7 +320,7 @@ def test_the_plan_counts_what_layers_share_in_a_row_of_its_own() -> None:
             spec=GroupSpec(members=(dictionary((64, 32), 20, 10, codec=codec),)),
         ),
     ]
-    _, two, one, dictionaries, everything, _ = cells(report.plan_table(plan_of(units, 3_560)))
+    _, two, one, dictionaries, everything, _ = cells(tables.plan_table(plan_of(units, 3_560)))
     # 640 values in 20 groups with 3 bytes each, 64 x 20 / 8 bytes of masks.
     assert two == ["2", "q_proj", "64x32", "k 20 s 10 int8 shared", "8.2 kB", "1.7 kB"]
     assert one == ["1", "q_proj", "64x32", "k 20 s 10 int8 x int8", "4.1 kB", "1.6 kB"]
@@ -328,7 +329,7 @@ def test_the_plan_counts_what_layers_share_in_a_row_of_its_own() -> None:
 
 
 def test_a_plan_that_waits_for_the_grams_says_so() -> None:
-    _, queries, everything, rest = cells(report.plan_table(plan_of(None, 9_830)))
+    _, queries, everything, rest = cells(tables.plan_table(plan_of(None, 9_830)))
     assert queries == ["3", "q_proj", "64x32", "by the Grams", "12.3 kB", ""]
     assert everything == ["3", "all", "", "", "12.3 kB", "9.8 kB"]
     assert rest == ["", "rest", "", "bfloat16", "1.0 kB", "1.0 kB"]
@@ -349,12 +350,12 @@ def test_a_plan_that_waits_for_the_grams_says_so() -> None:
 def test_a_whole_llama_fits_the_terminal(spec: ProductSpec, figures: tuple[str, ...], width: int) -> None:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     layers = [layer(f"model.layers.{i}.x.{kind}", i, 0.1234, spec) for i in range(3) for kind in kinds]
-    for table, lines in ((report.forms_table(layers), 7), (report.error_map(layers), 3)):
+    for table, lines in ((tables.forms_table(layers), 7), (tables.error_map(layers), 3)):
         drawn = shown(table, width).splitlines()
         assert max(map(len, drawn)) <= width
         assert sum("0.1234" in line for line in drawn) == lines
         assert "…" not in shown(table, width)
-    forms = shown(report.forms_table(layers), width)
+    forms = shown(tables.forms_table(layers), width)
     for figure in figures:
         assert forms.count(figure) == 7
 
@@ -377,7 +378,7 @@ def evaluation(label: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_evaluations_side_by_side() -> None:
-    (table,) = report.evaluation_tables([evaluation("dense"), evaluation("small", kl=0.12345, top1_agreement=0.876)])
+    (table,) = tables.evaluation_tables([evaluation("dense"), evaluation("small", kl=0.12345, top1_agreement=0.876)])
     rows = cells(table)
     assert rows[1] == ["dense", "98.4 MB", "23.61", "61.3", "", "", "20,460"]
     assert rows[2] == ["small", "98.4 MB", "23.61", "61.3", "0.1235", "87.6%", "20,460"]
@@ -387,18 +388,18 @@ def test_evaluations_side_by_side() -> None:
 @pytest.mark.parametrize("change", [{"text": "other.txt"}, {"context": 512}, {"windows": 3}, {"stride": 100}])
 def test_evaluations_that_cannot_be_compared_get_tables_of_their_own(change: dict[str, Any]) -> None:
     rows = [evaluation("a"), evaluation("b", **change), evaluation("c")]
-    first, second = report.evaluation_tables(rows)
+    first, second = tables.evaluation_tables(rows)
     assert [row[0] for row in cells(first)[1:]] == ["a", "c"]
     assert [row[0] for row in cells(second)[1:]] == ["b"]
     assert str(next(iter(change.values()))) in str(second.title)
 
 
 def test_labels_and_texts_are_not_markup() -> None:
-    (table,) = report.evaluation_tables([evaluation("[red]x[/red]", text="[b]")])
+    (table,) = tables.evaluation_tables([evaluation("[red]x[/red]", text="[b]")])
     assert cells(table)[1][0] == "[red]x[/red]"
     assert "[b], context 1024" in shown(table)
 
 
 def test_missing_figures_leave_cells_empty() -> None:
-    (table,) = report.evaluation_tables([{"label": "a", "token_perplexity": 2.0}])
+    (table,) = tables.evaluation_tables([{"label": "a", "token_perplexity": 2.0}])
     assert cells(table)[1] == ["a", "", "2.00", "", "", "", ""]

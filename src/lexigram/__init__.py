@@ -6,9 +6,9 @@ folder.
 
 from importlib.metadata import version
 
-from lexigram.comparing import Comparison, compare
-from lexigram.comparison import Row
-from lexigram.comparison_planning import ComparisonSettings
+from lexigram.comparison.order import Comparison, compare
+from lexigram.comparison.planning import ComparisonSettings
+from lexigram.comparison.table import Row
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate
 from lexigram.methods import CospadiConfig, QuantizeConfig, SvdConfig
@@ -16,7 +16,7 @@ from lexigram.pipeline import compress
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Calibration, Recipe
 from lexigram.records import RunRecord
-from lexigram.redundancy_plot import plot_redundancy
+from lexigram.reporting.heat_maps import plot_redundancy
 from lexigram.source import Source
 from lexigram.transformers_io import export_dense, load
 

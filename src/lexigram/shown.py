@@ -1,7 +1,7 @@
 """What a field of a recipe, of a method's config or of a comparison's settings may say about its option on the command line
 besides its description.
 
-The fields stand in `recipe`, `methods` and `comparison_planning`, which know no command line; `cli.options` makes the options.
+The fields stand in `recipe`, `methods` and `comparison.planning`, which know no command line; `cli.options` makes the options.
 """
 
 from dataclasses import dataclass

@@ -8,17 +8,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lexigram import report
 from lexigram.cli.arguments import DtypeName, Model
 from lexigram.cli.options import Option
 from lexigram.cli.recipes import OPTIONS, declared
 from lexigram.cli.screen import console, errors, say
-from lexigram.comparing import Comparison, run_comparison
-from lexigram.comparison import DENSE, Row, perplexity, table
-from lexigram.comparison_planning import ComparisonPlan, ComparisonSettings, plan_comparison
+from lexigram.comparison.order import Comparison, run_comparison
+from lexigram.comparison.planning import ComparisonPlan, ComparisonSettings, plan_comparison
+from lexigram.comparison.table import DENSE, Row, perplexity, table
 from lexigram.errors import LexigramError
 from lexigram.progress import Bars, drawing
 from lexigram.recipe import Recipe, merge
+from lexigram.reporting import tables
 from lexigram.shown import MACHINE
 
 EXAMPLES = (
@@ -132,7 +132,7 @@ def _recipes(files: Sequence[Path], settings: dict[str, Any], calibration: dict[
 
 
 def _show_plan(prepared: ComparisonPlan) -> None:
-    console.print(report.comparison_plan_table(prepared))
+    console.print(tables.comparison_plan_table(prepared))
     for job in prepared.jobs:
         if job.error is not None:
             say(f"{job.name} cannot be made: {job.error}")
@@ -158,7 +158,7 @@ def _tell(row: Row) -> None:
 
 def _show(found: Comparison) -> None:
     shown = table(found.rows, brief=True)
-    console.print(report.comparison_table(shown))
+    console.print(tables.comparison_table(shown))
     for note in shown.notes:
         say(note)
     say(f"written: {', '.join(map(str, found.files))}")

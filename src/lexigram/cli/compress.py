@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from lexigram import report
 from lexigram.cli.recipes import takes_recipe
 from lexigram.cli.screen import console, errors, say
 from lexigram.pipeline import compress as run_compress
 from lexigram.planning import plan as make_plan
 from lexigram.progress import drawing
 from lexigram.recipe import Recipe
+from lexigram.reporting import tables
 from lexigram.shown import CALIBRATION, MACHINE
 from lexigram.staging import check_target
 
@@ -55,17 +55,17 @@ def compress(
     if not dry_run:
         check_target(out, overwrite=overwrite)
     prepared = make_plan(recipe, cache=cache)
-    console.print(report.plan_table(prepared))
+    console.print(tables.plan_table(prepared))
     say(
-        f"about {report.size(prepared.memory_bytes)} of memory, {report.size(prepared.disk_bytes)} on disk; "
+        f"about {tables.size(prepared.memory_bytes)} of memory, {tables.size(prepared.disk_bytes)} on disk; "
         f"device {prepared.device}, forward pass in {str(prepared.compute_dtype).removeprefix('torch.')}"
     )
     if dry_run:
         return
     with drawing(errors) as bars:
         record = run_compress(recipe, out, overwrite=overwrite, progress=bars, prepared=prepared)
-    console.print(report.bytes_table(record))
+    console.print(tables.bytes_table(record))
     say(
-        f"{out}: {report.size(record.model_bytes_before)} -> {report.size(record.model_bytes_after)}, mean output error "
-        f"{record.mean_relative_error:.4f}, {record.seconds:.0f} s, peak {report.size(record.peak_memory_bytes)}"
+        f"{out}: {tables.size(record.model_bytes_before)} -> {tables.size(record.model_bytes_after)}, mean output error "
+        f"{record.mean_relative_error:.4f}, {record.seconds:.0f} s, peak {tables.size(record.peak_memory_bytes)}"
     )

@@ -7,7 +7,6 @@ from typing import Annotated
 import torch
 import typer
 
-from lexigram import report
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import token_ids
 from lexigram.cli.arguments import AUTO_DTYPE, Device, Dtype, Model
@@ -18,6 +17,7 @@ from lexigram.evaluation import evaluate
 from lexigram.jsonfiles import check_writable, write_json
 from lexigram.progress import drawing
 from lexigram.records import versions
+from lexigram.reporting import tables
 from lexigram.transformers_io import open_model
 
 EXAMPLES = (
@@ -85,7 +85,7 @@ def eval_(
     }
     if json_file:
         write_json(json_file, figures)
-    console.print(*report.evaluation_tables([figures]))
+    console.print(*tables.evaluation_tables([figures]))
 
 
 def _model_bytes(model: torch.nn.Module) -> int:

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from lexigram import report
 from lexigram.cli.arguments import AUTO_DTYPE, Dtype
 from lexigram.cli.screen import say
+from lexigram.reporting import tables
 from lexigram.transformers_io import export_dense
 
 EXAMPLES = ("lexigram export smaller --dense ordinary",)
@@ -20,7 +20,7 @@ def export(
 ) -> None:
     """Write a compressed model as an ordinary checkpoint of the original size, for software that knows no lexigram."""
     export_dense(folder, dense, dtype=dtype.value)
-    say(f"{dense}: an ordinary checkpoint, {report.size(_folder_bytes(dense))}")
+    say(f"{dense}: an ordinary checkpoint, {tables.size(_folder_bytes(dense))}")
 
 
 def _folder_bytes(folder: Path) -> int:

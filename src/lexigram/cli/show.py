@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from lexigram import redundancy_plot, report
 from lexigram.cli.screen import console, say
 from lexigram.errors import LexigramError
 from lexigram.jsonfiles import read_json
 from lexigram.pictures import check_picture
 from lexigram.records import read_run
+from lexigram.reporting import heat_maps, tables
 
 REPORT_EXAMPLES = ("lexigram report dense.json smaller.json",)
 INSPECT_EXAMPLES = (
@@ -29,7 +29,7 @@ def report_(
     for file, row in zip(files, rows, strict=True):
         if not isinstance(row.get("token_perplexity", ""), (int, float, NoneType)):
             raise LexigramError(f"{file} holds no evaluation; name what `lexigram eval --json` wrote")
-    console.print(*report.evaluation_tables(rows))
+    console.print(*tables.evaluation_tables(rows))
 
 
 def inspect(
@@ -47,13 +47,13 @@ def inspect(
         check_picture(plot)
     record = read_run(folder)
     if plot is not None:
-        redundancy_plot.draw(record, plot)
+        heat_maps.draw(record, plot)
     if as_json:
         print(record.model_dump_json(indent=1))
         return
-    console.print(report.bytes_table(record))
-    console.print(report.kinds_table(record))
-    console.print(report.forms_table(record.layers))
-    console.print(report.error_map(record.layers))
+    console.print(tables.bytes_table(record))
+    console.print(tables.kinds_table(record))
+    console.print(tables.forms_table(record.layers))
+    console.print(tables.error_map(record.layers))
     if plot is not None:
         say(f"written: {plot}")

@@ -1,7 +1,7 @@
 """What a comparison found: its rows, the lines that they make, and the table as text. Rows in, text out.
 
 A row is one model and its figures, or the error that stood in its way; a line is what one recipe at one ratio came to over all
-calibration seeds. Not here: how rows are made (`comparing`), the plot (`plots`), the terminal (`report`).
+calibration seeds. Not here: how rows are made (`order`), the plot (`plot`), the terminal (`reporting`).
 """
 
 from collections.abc import Callable, Iterable, Sequence

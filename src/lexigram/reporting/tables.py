@@ -9,11 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lexigram import comparison, redundancy
-from lexigram.comparison_planning import ComparisonPlan, Job
+from lexigram.comparison import table as comparison
+from lexigram.comparison.planning import ComparisonPlan, Job
 from lexigram.factors import DenseSpec, FactorSpec, Leaf, ProductSpec, SharedSpec, SparseSpec, SumSpec, factor_spec
 from lexigram.planning import Plan
 from lexigram.records import LayerRecord, RunRecord
+from lexigram.reporting import redundancy
 from lexigram.targets import Target
 
 _NEAR = 0.01  # of the ratio asked for, when a form uses its bytes up

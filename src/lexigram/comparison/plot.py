@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lexigram import pictures
-from lexigram.comparison import DENSE, Figure, Line, Row, figure, lines
+from lexigram.comparison.table import DENSE, Figure, Line, Row, figure, lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,7 +1,7 @@
 """How much of every layer was kept, in which form: the redundancy that a method or an allocation found in a model.
 
 A pure function of `run.json`: rank, density, atoms and bits are those of the forms written there, and no weight is read.
-What is drawn of it is `redundancy_plot`'s business, the terminal that of `report`.
+What is drawn of it is the business of `heat_maps`, the terminal that of `tables`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -15,7 +15,7 @@ import numpy as np
 
 from lexigram.pictures import check_picture, save
 from lexigram.records import RunRecord, read_run
-from lexigram.redundancy import (
+from lexigram.reporting.redundancy import (
     ATOMS,
     DENSITY,
     ERROR,
@@ -58,7 +58,7 @@ def plot_redundancy(folder: str | Path, file: str | Path) -> None:
 
     One heat map each, kinds down and decoder layers across, of stored bits a weight, rank over min(out, in), density of the
     sparse part, atoms k and non-zeros s of dictionaries, bits of their values and relative error of the output: those that the
-    forms have (`lexigram.redundancy.layer_figures` tells how each is counted). What is the same in all layers is told above
+    forms have (`redundancy.layer_figures` tells how each is counted). What is the same in all layers is told above
     them instead, and layers outside of the decoder layers below. All of it stands in `folder/run.json`; no weight is read.
 
     Args:

@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lexigram.allocation.units import Allocation
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import TokenSequences, token_ids
-from lexigram.comparison import DENSE, Row, difference
+from lexigram.comparison.plot import missing
+from lexigram.comparison.table import DENSE, Row, difference
 from lexigram.devices import resolve_device
 from lexigram.errors import LexigramError
 from lexigram.jsonfiles import check_writable, read_json
 from lexigram.planning import Plan, plan
-from lexigram.plots import missing
 from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Names, Recipe
 from lexigram.running import check_context
 from lexigram.shown import BUDGET, CALIBRATION, EVALUATION, MACHINE, Shown

@@ -1,8 +1,8 @@
 """`compare`: several recipes on one calibration, row after row, into one table and one plot.
 
 The order of a comparison, as `pipeline` has that of a run: evaluate the dense model, then compress and evaluate row by row.
-What is done lies in the folder, where `comparison_planning` finds it, so that a comparison that was killed goes on at the next
-row. What the rows come to as text is `comparison`'s business, the plot that of `plots`.
+What is done lies in the folder, where `planning` finds it, so that a comparison that was killed goes on at the next
+row. What the rows come to as text is the business of `table`, the plot that of `plot`.
 """
 
 import shutil
@@ -16,8 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lexigram.calibration.tokens import TokenSequences
-from lexigram.comparison import DENSE, Row, markdown, summary
-from lexigram.comparison_planning import (
+from lexigram.comparison.planning import (
     MODELS,
     ROWS,
     TABLE,
@@ -27,12 +26,13 @@ from lexigram.comparison_planning import (
     Reading,
     plan_comparison,
 )
+from lexigram.comparison.plot import draw, plot_files
+from lexigram.comparison.table import DENSE, Row, markdown, summary
 from lexigram.errors import LexigramError
 from lexigram.evaluation import evaluate
 from lexigram.jsonfiles import read_json, write_json
 from lexigram.pipeline import compress, sampled
 from lexigram.planning import Plan
-from lexigram.plots import draw, plot_files
 from lexigram.recipe import Recipe
 from lexigram.records import machine, versions
 from lexigram.running import Silent, Stages, counted
