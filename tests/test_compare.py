@@ -147,6 +147,7 @@ def test_figures_are_those_of_compress_and_eval(place: Place) -> None:
         "top1_agreement",
         "tokens",
         "model_bytes",
+        "bits_per_weight",
         "standard_error",
     ):
         assert row[key] == measured[key], key

@@ -24,6 +24,7 @@ from checkpoints import WEIGHTS, edit_config, edit_tensors, logits, opened
 from conftest import TOYS, words_tokenizer
 from drawn import normal
 from lexigram import CospadiConfig, LexigramError, Recipe, RunRecord, SvdConfig
+from lexigram.evaluation import bits_per_weight, stored_bytes
 from lexigram.factors import DenseSpec, GroupSpec, Product, ProductSpec, Shared, SharedSpec, SparseSpec, encode
 from lexigram.gram import Gram
 from lexigram.methods import Budget, BudgetTooSmallError, Member, MethodConfig, QuantizeConfig, fit, fit_group, layout
@@ -387,6 +388,7 @@ def test_from_pretrained_and_load_give_the_same_model(name: str, run: Callable[[
     assert torch.equal(logits(found), logits(other))
     assert_consistent(found)
     assert len(list(factored_layers(found))) == len(record.layers) == 28
+    assert (stored_bytes(found), bits_per_weight(found)) == (record.model_bytes_after, record.bits_per_weight)
     # The oracle: an ordinary model with the factors multiplied out by hand.
     reference = opened(toy)
     for layer, module in factored_layers(found):

@@ -13,7 +13,7 @@ from lexigram.cli.arguments import AUTO_DTYPE, Device, Dtype, Model
 from lexigram.cli.screen import console, errors
 from lexigram.devices import resolve_device
 from lexigram.errors import LexigramError
-from lexigram.evaluation import evaluate
+from lexigram.evaluation import bits_per_weight, evaluate, stored_bytes
 from lexigram.jsonfiles import check_writable, write_json
 from lexigram.progress import drawing
 from lexigram.records import versions
@@ -76,7 +76,8 @@ def eval_(
         "model": model,
         "reference": reference,
         "text": ", ".join(Path(name).name for name in text),
-        "model_bytes": _model_bytes(opened),
+        "model_bytes": stored_bytes(opened),
+        "bits_per_weight": bits_per_weight(opened),
         "dtype": str(opened.dtype).removeprefix("torch."),
         "device": str(place),
         **result.model_dump(),
@@ -86,8 +87,3 @@ def eval_(
     if json_file:
         write_json(json_file, figures)
     console.print(*tables.evaluation_tables([figures]))
-
-
-def _model_bytes(model: torch.nn.Module) -> int:
-    """Of all stored tensors as the model holds them; a tied weight counts once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())

@@ -29,7 +29,7 @@ from lexigram.comparison.planning import (
 from lexigram.comparison.plot import draw, plot_files
 from lexigram.comparison.table import DENSE, Row, markdown, summary
 from lexigram.errors import LexigramError
-from lexigram.evaluation import evaluate
+from lexigram.evaluation import bits_per_weight, evaluate, stored_bytes
 from lexigram.jsonfiles import read_json, write_json
 from lexigram.pipeline import compress, sampled
 from lexigram.planning import Plan
@@ -154,7 +154,6 @@ def _dense_row(prepared: ComparisonPlan, progress: Stages) -> Row:
         label=DENSE,
         recipe=DENSE,
         model=prepared.model,
-        bits_per_weight=8.0 * model.dtype.itemsize,
         made_from=dict(prepared.made_from),
         **figures,
     )
@@ -190,7 +189,7 @@ def _row(
         label=job.name,
         model=str(folder),
         reference=prepared.model,
-        **{key: run[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "mean_relative_error")},
+        **{key: run[key] for key in ("bytes_before", "bytes_after", "mean_relative_error")},
         seconds_fitting=sum(run["stages"].get(stage, {}).get("seconds", 0.0) for stage in ("allocate", "fit")),
         run={key: run[key] for key in _EXCERPT},
         made_from=dict(job.made_from),
@@ -216,7 +215,8 @@ def _evaluated(
         )
     return {
         "text": ", ".join(Path(name).name for name in reading.texts),
-        "model_bytes": sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()),
+        "model_bytes": stored_bytes(model),
+        "bits_per_weight": bits_per_weight(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(reading.device),
         **result.model_dump(),

@@ -50,6 +50,10 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(str(len(shared)), "shared", "", "dictionaries", "", size(sum(spec.bytes for spec in shared)))
     table.add_section()
     table.add_row(str(len(plan.targets)), "all", "", "", size(plan.bytes_before), size(plan.bytes_after))
+    weights = sum(target.weight_count for target in plan.targets)
+    table.add_row(
+        "", "bits a weight", "", "", *(f"{8 * b / weights:.2f}" for b in (plan.bytes_before, plan.bytes_after))
+    )
     table.add_row("", "rest", "", plan.recipe.dtype, size(plan.uncompressed_bytes), size(plan.uncompressed_bytes))
     return table
 
@@ -158,12 +162,16 @@ def evaluation_tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
 
 def _evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=escape(title))
-    for column in ("model", "size", "token perplexity", "word perplexity", "KL", "top-1 agreement", "tokens"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    columns = ("size", "bits a weight", "token perplexity", "word perplexity", "KL", "top-1 agreement", "tokens")
+    table.add_column("model")
+    for column in columns:
+        # Rich, left to break the headers, drops columns of a table that would fit.
+        table.add_column(column.replace(" ", "\n"), justify="right")
     for row in rows:
         table.add_row(
             escape(str(row.get("label", ""))),
             size(row["model_bytes"]) if row.get("model_bytes") else "",
+            _number(row.get("bits_per_weight"), ".2f"),
             _number(row.get("token_perplexity"), ".2f"),
             _number(row.get("word_perplexity"), ".1f"),
             _number(row.get("kl"), ".4f"),
