@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lexigram.allocation.knapsack import interpolated
 from lexigram.allocation.matching import pair_distance, pairs
-from lexigram.allocation.offers import GRID, MEASURED, form_at
+from lexigram.allocation.offers import GRID, MEASURED, form_at, measured_forms
 from lexigram.allocation.uniform import budget, uniform
 from lexigram.allocation.units import Allocation, Unit
 from lexigram.calibration.sensitivity import output_sensitivity
@@ -45,7 +45,7 @@ from lexigram.targets import Target
 from lexigram.tensorfiles import TensorFiles
 
 SENSITIVITY_SEQUENCES = 8
-_VERSION = 2
+_VERSION = 3
 """Of what a sketch is: curves that were kept with another one are measured again."""
 
 
@@ -201,10 +201,7 @@ def _measured(
 
 def _curve(seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member]) -> Curve:
     points: dict[int, Point] = {}
-    for ratio in MEASURED:
-        spec = form_at(method, targets, ratio)
-        if spec is None or spec.bytes in points:
-            continue
+    for spec in measured_forms(method, targets):
         fitted = _sketched(seed, method, targets, members, spec)
         errors = tuple(report.relative_error**2 for _, report in fitted.members)
         points[spec.bytes] = Point(bytes=spec.bytes, errors=errors)
@@ -294,9 +291,8 @@ def _offers(curves: Curves, names: tuple[str, ...], targets: dict[str, Target], 
 
 
 def _measured_forms(curve: Curve, members: Sequence[Target]) -> dict[int, GroupSpec]:
-    """By their bytes; of equal ones the first, which is the one that was measured."""
-    forms = [form_at(curve.method, members, ratio) for ratio in MEASURED]
-    return {form.bytes: form for form in reversed(forms) if form is not None}
+    """By their bytes."""
+    return {form.bytes: form for form in measured_forms(curve.method, members)}
 
 
 def _scales(curve: Curve, point: Point, size: int) -> tuple[float, ...]:

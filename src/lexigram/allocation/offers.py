@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from lexigram.errors import LexigramError
 from lexigram.factors import GroupSpec
 from lexigram.methods import Budget, BudgetTooSmallError, MethodConfig, layout_group
-from lexigram.methods.base import variants
+from lexigram.methods.base import useful, variants
 from lexigram.targets import Target
 
 MEASURED = (0.1, 0.35, 0.6, 0.8, 0.92)
-"""Ratios at which a unit's error is measured by a sketch."""
+"""Ratios at which a unit's error is measured by a sketch, where a form is of use there."""
 
 GRID = tuple(step / 50 for step in range(1, 47))
 """Ratios that the knapsack chooses among; errors between the measured ones are interpolated."""
@@ -32,13 +32,24 @@ def form_at(method: MethodConfig, members: Sequence[Target], ratio: float) -> Gr
         raise LexigramError(f"{' + '.join(m.name for m in members)} {members[0].shape}: {error}") from error
 
 
+def measured_forms(method: MethodConfig, members: Sequence[Target]) -> list[GroupSpec]:
+    """The forms at the measured ratios, the largest first, no size twice.
+
+    Raises:
+        LexigramError: where the method has none for such a shape.
+    """
+    least, most = useful(method)
+    forms = [form_at(method, members, ratio) for ratio in MEASURED if least <= ratio <= most]
+    return list({form.bytes: form for form in reversed(forms) if form is not None}.values())[::-1]
+
+
 def check_reach(method: MethodConfig, groups: Sequence[Sequence[Target]], amount: int) -> None:
     """Raise LexigramError where the smallest forms that are offered for all groups need more than `amount` bytes."""
     fewest = 0
     for members in groups:
         dense = sum(member.dense_bytes for member in members)
-        forms = [form_at(variant, members, ratio) for variant in variants(method) for ratio in MEASURED]
-        fewest += min((form.bytes for form in forms if form is not None), default=dense)
+        forms = [form for variant in variants(method) for form in measured_forms(variant, members)]
+        fewest += min((form.bytes for form in forms), default=dense)
     if fewest > amount:
         before = sum(member.dense_bytes for members in groups for member in members)
         raise LexigramError(

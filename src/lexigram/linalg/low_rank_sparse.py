@@ -81,6 +81,7 @@ def low_rank_sparse(
     rounds: int = ROUNDS,
     cg_steps: int = CG_STEPS,
     refits: int = REFITS,
+    start_rounds: int = START_ROUNDS,
 ) -> LowRankSparse:
     """``min ||(W - L - S) X^T||_F`` with ``rank(L) <= rank`` and `entries` entries in ``S``, from the Gram of ``X``.
 
@@ -99,6 +100,7 @@ def low_rank_sparse(
         rounds: of both steps.
         cg_steps: of the refit in each round.
         refits: at the end; the sparse part by four times `cg_steps`.
+        start_rounds: of the start.
 
     Raises:
         ValueError: where the shapes contradict each other, or rank or entries are out of range.
@@ -110,7 +112,7 @@ def low_rank_sparse(
         _fit_low_rank(state)
         state.history.append(float(state.errors().sum(dtype=torch.float64)))
         return _finished(state, weight.dtype)
-    _hasten(state)
+    _hasten(state, start_rounds)
     _refit(state, cg_steps)
     for _ in range(rounds):
         _fit_low_rank(state)
@@ -239,7 +241,7 @@ def _threshold(state: _State, beyond: Tensor | None = None) -> None:
     state.residual = target.sub_(state.sparse)
 
 
-def _hasten(state: _State) -> None:
+def _hasten(state: _State, rounds: int) -> None:
     """The start: both parts where the metric is the identity, by rounds that go further than their steps.
 
     The last rounds are plain ones. Where all this is no better than the first, as it may be for want of any guarantee, it is
@@ -253,10 +255,10 @@ def _hasten(state: _State) -> None:
         state.residual.copy_(weight)
         last: Tensor | None = None
         errors = []
-        for step in range(START_ROUNDS if state.rank else 1):
+        for step in range(rounds if state.rank else 1):
             _fit_low_rank(state)
             low_rank = state.left @ state.right
-            beyond = None if last is None or step >= START_ROUNDS - 2 else stretch * (low_rank - last)
+            beyond = None if last is None or step >= rounds - 2 else stretch * (low_rank - last)
             _threshold(state, beyond)
             last = low_rank
             errors.append(float(state.errors().sum(dtype=torch.float64)))

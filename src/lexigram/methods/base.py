@@ -3,7 +3,7 @@
 Both are chosen by the type of the config. They are pure: no files, no globals, randomness from the generator given. A new
 method is one file with a config class and these two functions registered for it, and one entry in `lexigram.methods`. It may
 add `layout_shared` and `fit_shared`, for matrices that share a leaf, or `layout_coupled` and `fit_coupled`, for matrices that
-lose the same channels, and `sketch` and `variants`, for the knapsack to choose.
+lose the same channels, and `variants`, `sketch` and `useful`, for the knapsack to choose.
 """
 
 from collections.abc import Sequence
@@ -189,6 +189,15 @@ def couples(config: MethodConfig) -> bool:
 def sketch(config: MethodConfig) -> MethodConfig:
     """A cheap stand-in for `config` whose error at one size against another is that of `config`: by default itself."""
     return config
+
+
+@singledispatch
+def useful(config: MethodConfig) -> tuple[float, float]:
+    """The least and the greatest ratio at which an allocation may want this form of `variants`: by default any.
+
+    It is measured between them alone: offered below at the error that it has at the least, and not at all beyond the greatest.
+    """
+    return 0.0, 1.0
 
 
 @singledispatch

@@ -32,6 +32,7 @@ from lexigram.methods.base import (
     layout,
     metric,
     sketch,
+    useful,
     variants,
 )
 from lexigram.methods.quantize import QuantizeConfig
@@ -50,6 +51,10 @@ bits no share gains 1 % from .6 on, and none in any at .9. In 8 bits they gain u
 On a model of matrices 64 wide, where ranks are dear, they make no difference: perplexity 12.1 and 12.7 with them, 12.4 and 12.4
 without, at .8 and two seeds.
 """
+_RANKS_USEFUL = (0.6, 0.8)
+"""Ratios between which such a form is measured; see above."""
+_SKETCH_ROUNDS = 12
+"""Of the start in one pass: at .8 removed the squared error is 2 % above that of 40 rounds, in half of the time."""
 _REFITTED = 0.4
 """What is left of the energy of dropped entries once the others make up for it; of layers of a real model."""
 
@@ -121,6 +126,13 @@ def _(config: LowRankSparseConfig) -> list[MethodConfig]:
     return sparse if config.value_bits else sparse + dense
 
 
+@useful.register
+def _(config: LowRankSparseConfig) -> tuple[float, float]:
+    """Low-rank parts that nobody asked for, where they have helped."""
+    offered = config.value_bits is not None and config.rank_share == _RANK_SHARES.get(config.value_bits)
+    return _RANKS_USEFUL if offered else (0.0, 1.0)
+
+
 @sketch.register
 def _(config: LowRankSparseConfig) -> LowRankSparseConfig:
     """One pass."""
@@ -163,7 +175,9 @@ def _low_rank(
     damped = gram.clone()
     damped.diagonal().add_(config.damping * gram.diagonal().mean())
     if not config.rounds:
-        begun = low_rank_sparse(weight, damped, rank, entries, by_row=False, rounds=0, refits=0)
+        begun = low_rank_sparse(
+            weight, damped, rank, entries, by_row=False, rounds=0, refits=0, start_rounds=_SKETCH_ROUNDS
+        )
         return begun.left, begun.right, None
     found = low_rank_sparse(weight, damped, rank, entries, by_row=False, rounds=config.rounds)
     return found.left, found.right, Pruned(found.sparse, found.support)
