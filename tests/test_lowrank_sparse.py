@@ -20,6 +20,7 @@ import lexigram
 from conftest import toy_folder
 from drawn import correlated, gram_of, normal
 from lexigram import Recipe
+from lexigram.allocation.offers import measured_forms
 from lexigram.factors import Factor, Integer, Product, Sparse, SparseSpec, Sum, SumSpec, factor_spec
 from lexigram.linalg.integers import Stepped, to_steps
 from lexigram.linalg.pruning import prune
@@ -39,6 +40,7 @@ from lexigram.methods import (
 from lexigram.methods.base import sketch, variants
 from lexigram.methods.storing import store_pruned
 from lexigram.methods.sums import sizes, sum_spec
+from lexigram.targets import Target
 from oracles import whole_groups
 
 BITS: list[Any] = [2, 3, 4, 6, 8, 10, 12, 14, 16]
@@ -377,3 +379,24 @@ def test_ranks_are_chosen_for_the_weight_that_has_them(words: Path, tmp_path: Pa
         forms = {layer.name: layer.factors["form"] for layer in record.layers}
         assert forms[planted.removesuffix(".weight")] == "sum" or share == 0.0
         assert share is None or "sum" not in forms.values()
+
+
+def test_low_rank_parts_that_nobody_asked_for_are_measured_between_two_ratios_alone() -> None:
+    target = Target("layer.q_proj", (256, 192), 0, "layer.q_proj", transposed=False, bias=False)
+
+    def ratios(config: LowRankSparseConfig) -> dict[tuple[int | None, float], list[float]]:
+        return {
+            (each.value_bits, each.rank_share or 0.0): [
+                1 - form.bytes / target.dense_bytes for form in measured_forms(each, [target])
+            ]
+            for each in variants(config)
+            if isinstance(each, LowRankSparseConfig)
+        }
+
+    chosen, fixed = ratios(LowRankSparseConfig()), ratios(LowRankSparseConfig(rank_share=0.3))
+    for (_, share), found in chosen.items():
+        assert found == sorted(found)
+        assert len(found) == 2 if share else len(found) > 2
+        assert found[0] > 0.58 or not share  # more where all entries fit with ranks to spare
+        assert found[-1] == pytest.approx(0.8 if share else 0.92, abs=0.02)
+    assert all(max(found) == pytest.approx(0.92, abs=0.02) for found in fixed.values())
