@@ -15,6 +15,7 @@ from rich.console import Console
 
 import lexigram
 from conftest import toy_folder
+from ledgers import layer
 from lexigram import LexigramError, Recipe, RunRecord, cli
 from lexigram.factors import (
     Bfloat,
@@ -74,32 +75,6 @@ def dictionary(shape: tuple[int, int], atoms: int, nonzeros: int, shared: str | 
         else SharedSpec(name=shared, rows=atoms, cols=shape[1])
     )
     return ProductSpec(left=sparse((shape[0], atoms), nonzeros * shape[0], bits=8), right=right)
-
-
-def layer(name: str, index: int | None, spec: FactorSpec, error: float = 0.1) -> LayerRecord:
-    return LayerRecord.model_validate(
-        {
-            "name": name,
-            "kind": name.rsplit(".", 1)[-1],
-            "layer": index,
-            "shape": (spec.rows, spec.cols),
-            "site": name,
-            "factors": spec.model_dump(),
-            "bytes_before": 2 * spec.rows * spec.cols,
-            "bytes_after": spec.bytes,
-            "parameters_after": spec.parameters,
-            "fit": {
-                "status": "converged",
-                "message": "",
-                "relative_error": error,
-                "objective": [error**2],
-                "iterations": 1,
-                "seconds": 0.1,
-                "gram_rank": 32,
-                "gram_damping": 0.0,
-            },
-        }
-    )
 
 
 def record(layers: Sequence[LayerRecord], shared: Sequence[dict[str, Any]] = (), model: str = "m") -> RunRecord:

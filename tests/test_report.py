@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+import ledgers
 from lexigram import CospadiConfig, Plan, Recipe, RunRecord, SvdConfig
 from lexigram.allocation.units import Allocation, Unit
 from lexigram.factors import (
@@ -56,31 +57,7 @@ def sharing(shape: tuple[int, int], atoms: int, sparsity: int, codec: Codec) -> 
 
 
 def layer(name: str, index: int | None, error: float, spec: ProductSpec | None = None) -> LayerRecord:
-    spec = spec or low_rank((64, 32), 5)
-    fit = {
-        "status": "converged",
-        "message": "",
-        "relative_error": error,
-        "objective": [error**2],
-        "iterations": 1,
-        "seconds": 0.1,
-        "gram_rank": 32,
-        "gram_damping": 0.0,
-    }
-    return LayerRecord.model_validate(
-        {
-            "name": name,
-            "kind": name.rsplit(".", 1)[-1],
-            "layer": index,
-            "shape": (spec.rows, spec.cols),
-            "site": name,
-            "factors": spec.model_dump(),
-            "bytes_before": 2 * spec.rows * spec.cols,
-            "bytes_after": spec.bytes,
-            "parameters_after": spec.parameters,
-            "fit": fit,
-        }
-    )
+    return ledgers.layer(name, index, spec or low_rank((64, 32), 5), error)
 
 
 def record(**changes: Any) -> RunRecord:
