@@ -323,7 +323,7 @@ def test_every_pass_sees_every_sequence_with_weights_drawn_anew(
         seen.append((tokens, dict(weights)))
         return summed_loss(model, tokens, dtype, weights)
 
-    monkeypatch.setattr(choice, "summed_loss", spy)
+    monkeypatch.setattr("lexigram.calibration.loss.summed_loss", spy)
     made.chosen()
     assert made.plan.tokens is not None
     ids = made.plan.tokens.ids
@@ -352,7 +352,7 @@ def test_one_batch_is_a_step_each_pass(passes: int, case: Callable[..., Case], m
         steps.append((policy.baseline, losses[0]))
         update(policy, masks, losses, **options)
 
-    monkeypatch.setattr(choice, "summed_loss", loss)
+    monkeypatch.setattr("lexigram.calibration.loss.summed_loss", loss)
     monkeypatch.setattr(choice, "update", spy)
     made.chosen()
     wanted = [(3.0, 4.0), (3.2, 2.5), (3.06, 1.0)]
@@ -373,7 +373,7 @@ def test_the_policy_leaves_out_what_the_loss_is_better_without(
     def loss(model: Any, tokens: Tensor, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> Tensor:
         return (tokens.shape[1] - 1) * (weights[name][:2] != 0).sum() / support[:2].sum()
 
-    monkeypatch.setattr(choice, "summed_loss", loss)
+    monkeypatch.setattr("lexigram.calibration.loss.summed_loss", loss)
     kept = made.chosen().of(name).support
     harmful, others = (float(kept[rows].sum() / support[rows].sum()) for rows in (slice(2), slice(2, None)))
     assert harmful < 0.8 * others
@@ -382,7 +382,7 @@ def test_the_policy_leaves_out_what_the_loss_is_better_without(
 def test_a_loss_that_is_not_finite_ends_in_a_sentence(
     case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "summed_loss", lambda *_: torch.tensor(float("nan")))
+    monkeypatch.setattr("lexigram.calibration.loss.summed_loss", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(LexigramError, match=r"loss of a model with parts drawn at random is nan; .*--passes 0"):
         case(method={"passes": 1}, include=["q_proj"]).chosen()
 

@@ -140,7 +140,7 @@ class Loss:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, truth: list[float]) -> None:
         self.truth = truth
         self.tried: list[dict[str, Tensor]] = []
-        monkeypatch.setattr(refinement, "summed_loss", self)
+        monkeypatch.setattr("lexigram.calibration.loss.summed_loss", self)
 
     def __call__(self, _model: Any, tokens: Tensor, _dtype: Any, weights: Mapping[str, Tensor]) -> Tensor:
         self.tried.append(dict(weights))
@@ -206,7 +206,7 @@ def test_the_outcome_is_taken_only_if_what_was_held_back_loses_no_more(
         lost = sum((30.0 if name == heavy else 1.0) * float(error) for name, error in weights.items())
         return torch.tensor(lost, dtype=torch.float64)
 
-    monkeypatch.setattr(refinement, "summed_loss", loss)
+    monkeypatch.setattr("lexigram.calibration.loss.summed_loss", loss)
     ids = torch.zeros(8, 16, dtype=torch.long)
     ids[:: refinement.HELD_BACK] = 1
     told = Told()
@@ -306,7 +306,7 @@ def test_sketches_are_made_once_and_weigh_what_the_curve_says(
 def test_without_steps_nothing_is_tried(recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes as those of the knapsack under its own costs."""
     lexigram.compress(recipe(refine=0), tmp_path / "plain")
-    monkeypatch.setattr(refinement, "summed_loss", lambda *_: torch.tensor(1.0))
+    monkeypatch.setattr("lexigram.calibration.loss.summed_loss", lambda *_: torch.tensor(1.0))
     monkeypatch.setattr(refinement, "RATE", 0.0)
     lexigram.compress(recipe(refine=1), tmp_path / "unmoved")
     assert same_files(tmp_path / "plain", tmp_path / "unmoved")
@@ -318,9 +318,10 @@ def test_without_steps_nothing_is_tried(recipe: Build, tmp_path: Path, monkeypat
 def test_a_loss_that_is_not_finite_ends_in_a_sentence(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refinement, "summed_loss", lambda *_: torch.tensor(math.nan))
+    monkeypatch.setattr("lexigram.calibration.loss.summed_loss", lambda *_: torch.tensor(math.nan))
     with pytest.raises(
-        LexigramError, match="the loss of a model with sketches is nan; lower the ratio, or leave --refine"
+        LexigramError,
+        match="the loss of a model with sketches is nan; lower the ratio, or leave --refine",
     ):
         lexigram.compress(recipe(refine=1), tmp_path / "out")
     assert not (tmp_path / "out").exists()

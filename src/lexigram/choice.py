@@ -4,7 +4,6 @@ Stage 2 of CAP (arXiv 2505.03801), and of no other method. All weights are split
 are a probability and a mask a candidate. How a weight is split, and what a part is worth at first, is in `methods.cap`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lexigram.allocation.uniform import budget
 from lexigram.allocation.units import Allocation, Unit
-from lexigram.calibration.loss import summed_loss
+from lexigram.calibration.loss import loss_a_token
 from lexigram.calibration.store import GramStore
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec, GroupSpec, SparseSpec
@@ -147,13 +146,14 @@ def _move(
             weights = {
                 target.name: _drawn(_read(parts, target.name), next(masks), next(masks)) for target in plan.targets
             }
-            total = sum(float(summed_loss(model, part, plan.compute_dtype, weights)) for part in batch.split(1))
-            loss = total / (batch.shape[0] * (batch.shape[1] - 1))
-            if not math.isfinite(loss):
-                raise LexigramError(
-                    f"the loss of a model with parts drawn at random is {loss}; lower the ratio, or leave the policy gradient "
-                    "out with --passes 0"
-                )
+            loss = loss_a_token(
+                model,
+                batch,
+                plan.compute_dtype,
+                weights,
+                what="a model with parts drawn at random",
+                remedy="lower the ratio, or leave the policy gradient out with --passes 0",
+            )
             for policy, mask in zip(policies, drawn, strict=True):
                 if number:
                     update(policy, [mask], [loss], rate=config.rate, memory=config.memory, eps=config.eps)

@@ -26,8 +26,7 @@ from transformers import PreTrainedModel
 
 from lexigram.allocation.knapsack import choose
 from lexigram.allocation.units import Allocation, Unit
-from lexigram.calibration.loss import summed_loss
-from lexigram.errors import LexigramError
+from lexigram.calibration.loss import loss_a_token
 from lexigram.factors import SumSpec
 from lexigram.linalg.policy_gradient import GaussianPolicy, update_by_pair
 from lexigram.planning import Plan
@@ -117,11 +116,8 @@ def refine(
     def loss_of(exponents: Tensor | None, batch: Tensor) -> float:
         """Nats a token."""
         drawn = {name: tensor for offer in chosen(offers, amount, exponents) for name, tensor in weights(offer).items()}
-        total = sum(float(summed_loss(model, part, plan.compute_dtype, drawn)) for part in batch.split(1))
-        loss = total / (batch.shape[0] * (batch.shape[1] - 1))
-        if not math.isfinite(loss):
-            raise LexigramError(f"the loss of a model with sketches is {loss}; lower the ratio, or leave --refine out")
-        return loss
+        remedy = "lower the ratio, or leave --refine out"
+        return loss_a_token(model, batch, plan.compute_dtype, drawn, what="a model with sketches", remedy=remedy)
 
     with progress.stage("refine the allocation", plan.recipe.refine) as step, torch.no_grad():
         batches = _batches(used, plan.recipe.refine, generator)

@@ -1,5 +1,6 @@
 """The next-token loss of a model on calibration sequences, with weights in place of its own where they are given."""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from lexigram.errors import LexigramError
 
 
 def summed_loss(
@@ -34,3 +37,26 @@ def summed_loss(
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
     )
+
+
+def loss_a_token(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    weights: Mapping[str, Tensor],
+    *,
+    what: str,
+    remedy: str,
+) -> float:
+    """The loss of a model that is tried out with other weights, in nats a token; one sequence is run at a time.
+
+    Arguments as in `summed_loss`; of a loss that is not finite, `what` it is of and the `remedy`.
+
+    Raises:
+        LexigramError: where it is not.
+    """
+    total = sum(float(summed_loss(model, sequence, dtype, weights)) for sequence in tokens.split(1))
+    loss = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    if not math.isfinite(loss):
+        raise LexigramError(f"the loss of {what} is {loss}; {remedy}")
+    return loss
