@@ -55,6 +55,8 @@ ROWS: dict[str, list[str]] = {
     "wanda": ["--method", "wanda"],
     "wanda, refit": ["--method", "wanda", "--refit"],
     "sparsegpt": ["--method", "sparsegpt"],
+    "structured": ["--method", "structured"],
+    "structured, refit": ["--method", "structured", "--refit"],
     "oats": ["--method", "oats"],
     "cap": ["--method", "cap"],
     "cap, refit": ["--method", "cap", "--refit"],
