@@ -19,6 +19,7 @@ from lexigram.records import RunRecord
 from lexigram.reporting.heat_maps import plot_redundancy
 from lexigram.source import Source
 from lexigram.transformers_io import export_dense, load
+from lexigram.verification import Verification, verify
 
 __version__ = version("lexigram")
 
@@ -36,6 +37,7 @@ __all__ = [
     "RunRecord",
     "Source",
     "SvdConfig",
+    "Verification",
     "compare",
     "compress",
     "evaluate",
@@ -43,4 +45,5 @@ __all__ = [
     "load",
     "plan",
     "plot_redundancy",
+    "verify",
 ]

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lexigram.errors import LexigramError
+
+_MOST_BYTES = 2**28  # of a file to read: it takes some ten times as much memory
 
 
 def check_writable(file: Path) -> None:
@@ -39,20 +42,45 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         raise LexigramError(f"{file} cannot be written: {error.strerror or error}; name another file") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, *, finite: bool = True, remedy: str = "name what lexigram wrote") -> dict[str, Any]:
     """The object in `file`.
 
+    Args:
+        file: to read; UTF-8.
+        finite: refuse numbers that are NaN or infinite.
+        remedy: what to do where it cannot be read.
+
     Raises:
-        LexigramError: where the file cannot be read or holds something else.
+        LexigramError: where the file cannot be read or holds something else, where a key stands twice in one object, of which
+            every reader would believe another, and for text that cannot be written again (half of a surrogate pair).
     """
+
+    def number(text: str) -> float:
+        if finite and not math.isfinite(float(text)):
+            raise ValueError(f"the number {text} is not finite")
+        return float(text)
+
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_unique, parse_float=number, parse_constant=number)
+        json.dumps(content, ensure_ascii=False).encode()
     except OSError as error:
-        raise LexigramError(f"{file} cannot be read: {error.strerror or error}; name what lexigram wrote") from error
-    except ValueError as error:
-        raise LexigramError(f"{file} is not JSON ({error}); name what lexigram wrote") from error
+        raise LexigramError(f"{file} cannot be read: {error.strerror or error}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise LexigramError(f"{file} is not JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise LexigramError(f"{file} holds no JSON object; name what lexigram wrote")
+        raise LexigramError(f"{file} holds no JSON object; {remedy}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of an object as a mapping, each key once."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} stands twice")
     return content
 
 

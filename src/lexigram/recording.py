@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from lexigram.allocation.units import Allocation
 from lexigram.calibration.tokens import TokenSequences
 from lexigram.factors import Factor, factor_spec
+from lexigram.headers import file_sha256, read_headers, tensor_sha256
 from lexigram.methods import FitReport
 from lexigram.planning import Plan
 from lexigram.records import LayerRecord, RunRecord, SharedRecord, Stopwatch, machine, peak_memory_bytes, versions
@@ -22,7 +22,7 @@ from lexigram.staging import RUN_FILE
 from lexigram.targets import Target
 from lexigram.transformers_io import SHARED
 
-_UNCOMPRESSED = "not compressed"
+UNCOMPRESSED = "not compressed"
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def run_record(
     layers = [ledger.layers[target.name] for target in prepared.targets]
     before, after = prepared.bytes_before, ledger.bytes
     weights = sum(target.weight_count for target in prepared.targets)
-    by_kind = _by_kind(stored_bytes(folder), ledger.matrices())
-    uncompressed = by_kind.get(_UNCOMPRESSED, 0)
+    by_kind = bytes_by_kind(stored_bytes(folder), ledger.matrices())
+    uncompressed = by_kind.get(UNCOMPRESSED, 0)
     if sum(by_kind.values()) - uncompressed != after:
         raise AssertionError("the files do not weigh what the ledger says; please report this")
     return RunRecord(
@@ -114,21 +114,29 @@ def run_record(
         files=sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
         layers=layers,
         shared=ledger.shared,
+        tensors_sha256={name: tensor_sha256(header) for name, header in read_headers(weight_files(folder)).items()},
+        files_sha256={file.name: file_sha256(file) for file in other_files(folder)},
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of `folder` that hold tensors."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def other_files(folder: Path) -> list[Path]:
+    """Those that say what the tensors are, and of what: config, tokenizer, recipe; all but the record itself."""
+    return sorted(
+        file for file in folder.iterdir() if file.is_file() and file.name != RUN_FILE and file.suffix != ".safetensors"
     )
 
 
 def stored_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of every tensor in the weight files of `folder`, by name."""
-    sizes: dict[str, int] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - not a dict
-                tensor = opened.get_tensor(key)
-                sizes[key] = tensor.numel() * tensor.element_size()
-    return sizes
+    """Bytes of every tensor in the weight files of `folder`, by name, as their headers tell."""
+    return {name: header.bytes for name, header in read_headers(weight_files(folder)).items()}
 
 
-def _by_kind(sizes: Mapping[str, int], matrices: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+def bytes_by_kind(sizes: Mapping[str, int], matrices: Mapping[str, dict[str, Any]]) -> dict[str, int]:
     """Bytes by the kind of leaf and the part of it that a tensor is."""
     promised = {
         ".".join(filter(None, (name, path, part))): f"{leaf.form} {part}"
@@ -138,6 +146,6 @@ def _by_kind(sizes: Mapping[str, int], matrices: Mapping[str, dict[str, Any]]) -
     }
     by_kind: dict[str, int] = {}
     for name, size in sizes.items():
-        kind = promised.get(name, _UNCOMPRESSED)
+        kind = promised.get(name, UNCOMPRESSED)
         by_kind[kind] = by_kind.get(kind, 0) + size
     return by_kind

