@@ -483,12 +483,15 @@ def test_an_unfinished_calibration_is_not_taken_for_a_finished_one(
 ) -> None:
     [seal] = cache.glob("*/complete.json")
     seal.unlink()
+    count = len(grams_of(cache))
+    grams_of(cache)[-1].unlink()
     with monkeypatch.context() as patched:
-        patched.setattr("lexigram.pipeline.plain_grams", lambda *_: (_ for _ in ()).throw(Calibrated))
+        patched.setattr("lexigram.pipeline.plain_grams", lambda *_, **__: (_ for _ in ()).throw(Calibrated))
         with pytest.raises(Calibrated):
             compressed(recipe(**CACHED), tmp_path / "out", cache)
     compressed(recipe(**CACHED), tmp_path / "out", cache)
     assert seal.is_file()
+    assert len(grams_of(cache)) == count
 
 
 def grams_of(cache: Path) -> list[Path]:
@@ -546,7 +549,7 @@ def test_a_store_gives_back_what_it_was_given(tmp_path: Path) -> None:
 def test_the_temporary_grams_are_beside_the_output_and_go_away(
     nested: bool, recipe: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """In success and in failure; `out` may lie in a folder that does not exist yet."""
+    """In success, and where nothing was finished; `out` may lie in a folder that does not exist yet."""
     folder = tmp_path / "new" / "folder" if nested else tmp_path
     seen: list[Path] = []
     update = GramStore.update
@@ -558,20 +561,33 @@ def test_the_temporary_grams_are_beside_the_output_and_go_away(
 
     monkeypatch.setattr(GramStore, "update", note)
     compressed(recipe(**CACHED), folder / "out")
-    assert {found.parent for found in seen} == {tmp_path}
-    assert all(found.name.startswith(".out.grams-") for found in seen)
+    assert set(seen) == {folder / "out.unfinished" / "grams"}
     assert {file.name for file in folder.iterdir()} == {"out"}
     assert {file.name for file in tmp_path.iterdir()} == {"new" if nested else "out"}
     shutil.rmtree(tmp_path / ("new" if nested else "out"))
 
-    for place in ("lexigram.pipeline.fit_group", "lexigram.curves.fit_group", "lexigram.curves.output_sensitivity"):
-        seen.clear()
-        with monkeypatch.context() as patched:
-            patched.setattr(place, lambda *_args, **_kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                compressed(recipe(**CACHED), folder / "out")
-        assert seen
-        assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patched:
+        patched.setattr("lexigram.pipeline.plain_grams", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compressed(recipe(**CACHED), folder / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["fitting.fit_group", "curves.fit_group", "curves.output_sensitivity"])
+def test_a_run_goes_on_from_its_grams(
+    place: str, recipe: Build, caches: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where it ended early, whatever was asked for then; and ends in the same bytes."""
+    with monkeypatch.context() as patched:
+        patched.setattr(f"lexigram.{place}", lambda *_args, **_kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            lexigram.compress(recipe(**CACHED), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    with monkeypatch.context() as patched:
+        patched.setattr("lexigram.pipeline.plain_grams", lambda *_, **__: pytest.fail("calibrated again"))
+        lexigram.compress(recipe(**CACHED), tmp_path / "out", resume=True)
+    assert same_files(tmp_path / "out", caches / "kept-run")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # --- the loss's sensitivity --------------------------------------------------------------------------------------

@@ -204,6 +204,7 @@ class Case(NamedTuple):
 
     args: Callable[[SimpleNamespace], list[object]]
     says: str
+    keeps_work: bool = False
 
 
 def compress(*options: object, model: object = None) -> Callable[[SimpleNamespace], list[object]]:
@@ -291,7 +292,9 @@ BAD_COMPRESS = {
     ),
     "norm NaN": Case(with_weights(set_nan("model.norm.weight")), r"model\.norm\.weight that are not finite.*; mend"),
     "activations infinite": Case(
-        with_weights(explode), r"inputs of model\.layers\.1\.mlp\.down_proj are not finite .*--compute-dtype float32"
+        with_weights(explode),
+        r"inputs of model\.layers\.1\.mlp\.down_proj are not finite .*--compute-dtype float32",
+        keeps_work=True,
     ),
     "weights of another shape": Case(
         with_weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)})),
@@ -301,7 +304,9 @@ BAD_COMPRESS = {
         with_weights(lambda tensors: tensors.__delitem__("model.norm.weight")),
         r"is not complete: model\.norm\.weight is missing",
     ),
-    "weights truncated": Case(truncated, "cannot open the weights of .*check that the model is complete"),
+    "weights truncated": Case(
+        truncated, r"the weight file .*model\.safetensors cannot be read: .*fetch or write it again"
+    ),
     "text missing": Case(compress("-c", "/no/text.txt"), r"there is no file /no/text\.txt"),
     "text empty": Case(with_file("e.txt", b" \n", "-c", "FILE"), "holds no text"),
     "text binary": Case(with_file("b.txt", bytes(range(256)), "-c", "FILE"), "is not UTF-8: byte 128"),
@@ -384,7 +389,10 @@ def test_bad_input_to_compress(case: Case, command: Command, at: SimpleNamespace
     ended = command(*args)
     assert ended.code == 1
     assert re.search(case.says, ended.error), ended.error
-    assert contents(at.tmp) == before
+    kept = str(at.tmp / "out.unfinished")
+    after = contents(at.tmp)
+    assert (kept in after) == case.keeps_work
+    assert {path: content for path, content in after.items() if not path.startswith(kept)} == before
 
 
 BAD_OTHERS = {
@@ -528,9 +536,10 @@ def test_overwrite_replaces_an_earlier_result_and_keeps_it_where_the_new_one_fai
         ended = command(*compress("--include", "q_proj", "-r", 0.5, "--overwrite")(at))
     assert ended.code == 1
     assert re.search("out could not be written: .*No space left on device", ended.error)
-    assert contents(at.tmp) == first
+    kept = at.tmp / "out.unfinished"
+    assert {path: content for path, content in contents(at.tmp).items() if not path.startswith(str(kept))} == first
 
-    assert command(*compress("--include", "q_proj", "-r", 0.5, "--overwrite")(at)).code == 0
+    assert command(*compress("--include", "q_proj", "-r", 0.5, "--overwrite", "--resume")(at)).code == 0
     assert json.loads((out / "run.json").read_text())["requested_ratio"] == 0.5
     assert [path.name for path in at.tmp.iterdir()] == ["out"]
 
@@ -625,18 +634,26 @@ def half_way(at: SimpleNamespace) -> Iterator[subprocess.Popen[str]]:
     for line in process.stdout:
         if line == "half-way\n":
             break
-    assert len(list(at.tmp.glob(".out.partial-*"))) == 1
+    assert len(list(at.tmp.glob("out.unfinished/.out.partial-*"))) == 1
     yield process
     process.kill()
     process.communicate()
 
 
-def test_ctrl_c_leaves_nothing_and_ends_in_130(half_way: subprocess.Popen[str], at: SimpleNamespace) -> None:
+def test_ctrl_c_keeps_what_is_finished_says_how_to_go_on_and_ends_in_130(
+    half_way: subprocess.Popen[str], command: Command, at: SimpleNamespace
+) -> None:
     half_way.send_signal(signal.SIGINT)
     _, said = half_way.communicate(timeout=60)
     assert half_way.returncode == 130
-    assert [line for line in said.splitlines() if line.strip()] == ["interrupted; nothing was left half-written"]
-    assert list(at.tmp.iterdir()) == []
+    assert [line for line in said.splitlines() if line.strip()] == [
+        f"what is finished lies in {at.tmp / 'out.unfinished'}; give the same command with --resume to go on",
+        "interrupted; nothing was left half-written",
+    ]
+    assert [path.name for path in at.tmp.iterdir()] == ["out.unfinished"]
+    assert not list((at.tmp / "out.unfinished").glob(".*"))
+    assert command(*compress("--include", "q_proj", "--resume")(at)).code == 0
+    assert [path.name for path in at.tmp.iterdir()] == ["out"]
 
 
 def test_after_a_kill_there_is_no_result_and_a_rerun_works(
@@ -645,8 +662,12 @@ def test_after_a_kill_there_is_no_result_and_a_rerun_works(
     half_way.kill()
     half_way.wait(timeout=60)
     assert not (at.tmp / "out").exists()
-    assert command(*compress("--include", "q_proj")(at)).code == 0
+    ended = command(*compress("--include", "q_proj")(at))
+    assert ended.code == 1
+    assert "holds an unfinished run of 5 fitted matrices or groups; go on with --resume, or delete it" in ended.error
+    assert command(*compress("--include", "q_proj", "--resume")(at)).code == 0
     assert lexigram.load(at.tmp / "out") is not None
+    assert [path.name for path in at.tmp.iterdir()] == ["out"]
 
 
 def test_a_full_disk_ends_in_one_sentence_and_nothing_is_left(at: SimpleNamespace) -> None:
@@ -663,7 +684,7 @@ def test_a_full_disk_ends_in_one_sentence_and_nothing_is_left(at: SimpleNamespac
     )
     assert ended.returncode == 1
     said = Said(ended.returncode, ended.stdout, ended.stderr).error
-    assert re.search("out could not be written: .*; nothing was left there", said)
+    assert re.search("out.unfinished.* cannot be written: .*; free some space", said)
     assert list(at.tmp.iterdir()) == []
 
 
@@ -716,7 +737,13 @@ def test_defaults_in_help_are_the_real_ones() -> None:
     recipe = lexigram.Recipe(model="m")
     real = {key: value for config in reversed(METHODS.values()) for key, value in config().model_dump().items()}
     real |= {**recipe.calibration.model_dump(), **recipe.model_dump()}
-    real |= {"method": "cospadi", "preset": "fast", "calibration": "self", "calibration_seed": recipe.calibration.seed}
+    real |= {
+        "workers": None,
+        "method": "cospadi",
+        "preset": "fast",
+        "calibration": "self",
+        "calibration_seed": recipe.calibration.seed,
+    }
     told = 0
     for parameter in options_of("compress"):
         if found := re.search(r"\[default: ([^],]+)", parameter.help or ""):

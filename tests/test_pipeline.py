@@ -492,7 +492,7 @@ def test_progress_is_told_every_step(recipe: Callable[..., Recipe], tmp_path: Pa
     seen = Recorder()
     wanted = recipe("svd", include=["q_proj", "o_proj"], calibration={"text": ["self"], "sequences": 9, "length": 16})
     lexigram.compress(wanted, tmp_path / "out", progress=seen)
-    assert [name for name, _ in seen.stages] == ["load the model", "sample calibration text", "compress", "save"]
+    assert [name for name, _ in seen.stages] == ["read the weights", "sample calibration text", "compress", "save"]
     assert dict(seen.stages) == seen.steps
     assert seen.steps["compress"] == 10
     assert seen.steps["sample calibration text"] == 9
@@ -538,7 +538,7 @@ def test_files_are_as_readable_as_files_that_anyone_writes(run: Callable[..., Ru
     assert {file.stat().st_mode for file in out.iterdir()} == {(tmp_path / "plain" / "file").stat().st_mode}
 
 
-def test_an_interruption_at_any_stage_leaves_nothing(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_an_interruption_at_any_stage_keeps_what_is_finished(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     class Stop(Recorder):
         def __init__(self, at: str) -> None:
             super().__init__()
@@ -551,10 +551,16 @@ def test_an_interruption_at_any_stage_leaves_nothing(recipe: Callable[..., Recip
                     raise KeyboardInterrupt
                 yield step
 
-    for stage in ("load the model", "compress", "save"):
+    wanted = recipe("svd", include=["q_proj"])
+    for stage in ("read the weights", "compress", "save"):
         with pytest.raises(KeyboardInterrupt):
-            lexigram.compress(recipe("svd", include=["q_proj"]), tmp_path / "out", progress=Stop(stage))
-        assert list(tmp_path.iterdir()) == []
+            lexigram.compress(wanted, tmp_path / "out", progress=Stop(stage))
+        assert [path.name for path in tmp_path.iterdir()] == (["out.unfinished"] if stage == "save" else [])
+    lexigram.compress(wanted, tmp_path / "out", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    lexigram.compress(wanted, tmp_path / "at once")
+    weights = "lexigram.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "at once" / weights).read_bytes()
 
 
 def test_a_model_quantised_by_other_software_is_refused(stories: Path, tmp_path: Path) -> None:

@@ -348,6 +348,7 @@ def test_the_plan_reckons_with_sketches_and_drawn_weights(recipe: Build, tmp_pat
     without, refined = lexigram.plan(recipe(ratio=0.5)), lexigram.plan(recipe(ratio=0.5, refine=4))
     weights = sum(target.weight_count for target in refined.targets)
     assert 2 * weights <= refined.disk_bytes - without.disk_bytes <= 40 * weights
-    assert refined.memory_bytes >= without.memory_bytes
+    assert refined.memory.keys() - without.memory.keys() == {"try models out"}
+    assert refined.memory_bytes >= refined.memory["try models out"] >= 4 * weights
     cached = [lexigram.plan(recipe(ratio=0.5, refine=steps), cache=tmp_path).disk_bytes for steps in (0, 4)]
     assert cached[0] == cached[1]

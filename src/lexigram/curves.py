@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +29,7 @@ from lexigram.calibration.sensitivity import output_sensitivity
 from lexigram.calibration.store import GramStore
 from lexigram.errors import LexigramError
 from lexigram.factors import DenseSpec, GroupSpec
+from lexigram.gram import Gram
 from lexigram.jsonfiles import write_json
 from lexigram.methods import (
     AnyMethod,
@@ -37,14 +40,14 @@ from lexigram.methods import (
     fit_group,
 )
 from lexigram.methods.base import sketch, variants
-from lexigram.planning import Plan
+from lexigram.planning import SENSITIVITY_SEQUENCES, Plan
 from lexigram.recipe import UNIFORM
 from lexigram.refinement import Offer, allocated, refine
 from lexigram.running import Stages
-from lexigram.targets import Target
+from lexigram.targets import Target, decoder_layers
 from lexigram.tensorfiles import TensorFiles
+from lexigram.workers import Workers
 
-SENSITIVITY_SEQUENCES = 8
 _VERSION = 3
 """Of what a sketch is: curves that were kept with another one are measured again."""
 
@@ -84,7 +87,9 @@ def decide(
     store: GramStore,
     model: PreTrainedModel,
     ids: Tensor,
+    pool: Workers,
     progress: Stages,
+    streaming: Mapping[str, Any],
 ) -> Allocation:
     """The allocation of a plan that left it to the weights and Grams.
 
@@ -92,9 +97,11 @@ def decide(
         plan: its recipe says what shares and how the budget is spent.
         weight: a target's weight (out, in) by name.
         store: the Grams of all sites.
-        model: the original model.
+        model: the original model; it may be without its weights, which are then in `streaming`.
         ids: the calibration tokens (sequences, length).
+        pool: where units are measured.
         progress: is told about the stages.
+        streaming: options of `LayerRunner` about where weights and hidden states are.
 
     Raises:
         LexigramError: where the budget is too small for every choice.
@@ -107,15 +114,18 @@ def decide(
     if recipe.allocation == UNIFORM:
         return uniform(groups, targets, recipe.method, recipe.ratio, recipe.accounting)
     file = _file(plan, groups, store)
-    curves = _read(file) or _measured(plan, groups, weight, store, progress)
+    units = file.with_suffix("")
+    curves = _read(file) or _measured(plan, groups, weight, store, pool, units, progress)
     if recipe.measure == "loss" and not curves.sensitivity:
-        curves = curves.model_copy(update={"sensitivity": _sensitivity(plan, model, ids, progress)})
+        curves = curves.model_copy(update={"sensitivity": _sensitivity(plan, model, ids, progress, streaming)})
     write_json(file, curves.model_dump(mode="json"))
+    shutil.rmtree(units, ignore_errors=True)
     amount = budget(plan.targets, recipe.ratio, "bytes").amount
     offered = offers(curves, groups, targets, recipe.measure)
     if recipe.refine:
         sketches = _Sketches(plan, weight, store, file.with_name(f"{file.stem}-sketches"))
-        return refine(plan, offered, amount, sketches.weight, model, ids, progress)
+        whole = plan.source.model(plan.device)
+        return refine(plan, offered, amount, sketches.weight, whole, ids, progress)
     return allocated(offered, amount)
 
 
@@ -174,29 +184,65 @@ def matched_pairs(
     return sorted(found, key=lambda names: order[names[0]])
 
 
+@dataclass(frozen=True)
+class _MeasureTask:
+    """The weights (out, in) of a unit's members with the Grams of their inputs, to be sketched in every form of the method."""
+
+    method: MethodConfig
+    seed: int
+    targets: list[Target]
+    weights: list[Tensor]
+    grams: list[Gram]
+
+
+def _measured_unit(task: _MeasureTask) -> Curves:
+    """The curves of one unit, by every variant of the method, at the measured ratios."""
+    members = [Member(weight, gram) for weight, gram in zip(task.weights, task.grams, strict=True)]
+    outputs = {
+        target.name: float(member.gram.whitening.whiten(member.weight.float()).square().sum())
+        for target, member in zip(task.targets, members, strict=True)
+    }
+    found = [_curve(task.seed, method, task.targets, members) for method in variants(task.method)]
+    return Curves(curves=tuple(curve for curve in found if curve.points), outputs=outputs)
+
+
 def _measured(
     plan: Plan,
     groups: Sequence[Sequence[str]],
     weight: Callable[[str], Tensor],
     store: GramStore,
+    pool: Workers,
+    folder: Path,
     progress: Stages,
 ) -> Curves:
-    """Sketches of every unit by every variant of the method, at the measured ratios."""
+    """The curves of all units; each is kept in `folder` as soon as it is measured."""
     targets = {target.name: target for target in plan.targets}
-    found: list[Curve] = []
-    outputs: dict[str, float] = {}
+    files = {tuple(names): folder / f"{_short_hash(names)}.json" for names in groups}
+    found = {names: curves for names, file in files.items() if (curves := _read(file)) is not None}
+
+    def task(names: tuple[str, ...]) -> _MeasureTask:
+        members = [targets[name] for name in names]
+        with store.using(target.site for target in members) as grams:
+            own = [weight(name) for name in names]
+            return _MeasureTask(
+                plan.recipe.method, plan.recipe.seed, members, own, [grams[target.site] for target in members]
+            )
+
     with progress.stage("measure the layers' curves", len(groups)) as step:
-        for names in groups:
-            targeted = [targets[name] for name in names]
-            with store.using(target.site for target in targeted) as grams:
-                members = [Member(weight(target.name), grams[target.site]) for target in targeted]
-                for target, member in zip(targeted, members, strict=True):
-                    outputs[target.name] = float(member.gram.whitening.whiten(member.weight.float()).square().sum())
-                found += [
-                    _curve(plan.recipe.seed, method, targeted, members) for method in variants(plan.recipe.method)
-                ]
+        for _ in found:
             step()
-    return Curves(curves=tuple(curve for curve in found if curve.points), outputs=outputs)
+        for curves in pool.run(_measured_unit, map(task, [names for names in files if names not in found])):
+            names = tuple(curves.outputs)
+            write_json(files[names], curves.model_dump(mode="json"))
+            found[names] = curves
+            step()
+    ordered = [found[names] for names in files]
+    outputs = {name: output for curves in ordered for name, output in curves.outputs.items()}
+    return Curves(curves=tuple(curve for curves in ordered for curve in curves.curves), outputs=outputs)
+
+
+def _short_hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _curve(seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member]) -> Curve:
@@ -217,19 +263,19 @@ def _sketched(
         raise LexigramError(f"{' + '.join(t.name for t in targets)} cannot be measured: {error}") from error
 
 
-def _sensitivity(plan: Plan, model: PreTrainedModel, ids: Tensor, progress: Stages) -> dict[str, float]:
+def _sensitivity(
+    plan: Plan, model: PreTrainedModel, ids: Tensor, progress: Stages, streaming: Mapping[str, Any]
+) -> dict[str, float]:
     modules = {target.name: model.get_submodule(target.name) for target in plan.targets}
     some = ids[:SENSITIVITY_SEQUENCES]
-    with progress.stage("measure the loss's sensitivity", len(some)) as step:
-        return output_sensitivity(model, modules, some, plan.compute_dtype, lambda _done, _total: step())
+    with progress.stage("measure the loss's sensitivity", len(decoder_layers(model)) + 1) as step:
+        return output_sensitivity(model, modules, some, plan.compute_dtype, lambda _done, _total: step(), **streaming)
 
 
 def _file(plan: Plan, groups: Sequence[Sequence[str]], store: GramStore) -> Path:
     """Where the curves of these groups and this method lie, beside the Grams that decide about them."""
-    content = json.dumps(
-        [_VERSION, plan.recipe.method.model_dump(), plan.recipe.seed, [list(names) for names in groups], MEASURED]
-    )
-    return store.folder / f"curves-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    content = [_VERSION, plan.recipe.method.model_dump(), plan.recipe.seed, [list(names) for names in groups], MEASURED]
+    return store.folder / f"curves-{_short_hash(content)}.json"
 
 
 def _read(file: Path) -> Curves | None:

@@ -1,40 +1,52 @@
 """`compress`: the only file that knows the order of the stages. No mathematics here.
 
-Plan, load, then decoder layer by decoder layer: Grams of its input sites, factors of its linear layers, factors put in
-place; at any time only those Grams exist that a unit still waits for. Where the Grams decide on the allocation, all of them
-are made first and kept in a folder. Then save.
+Plan, then read the weights once to check them; then decoder layer by decoder layer: Grams of its input sites, factors of its
+linear layers, which go to disk at once; at any time only those Grams exist that a unit still waits for. Where the Grams decide
+on the allocation, all of them are made first. Then the result is written, tensor by tensor. No more than one decoder layer's
+weights are in memory, but for methods that try whole models out.
 """
 
 import hashlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lexigram.allocation.units import Allocation, Unit
 from lexigram.calibration.passes import plain_grams, sequential_grams
 from lexigram.calibration.sampling import sample_sequences
+from lexigram.calibration.spilling import spilling
 from lexigram.calibration.store import GramStore
 from lexigram.calibration.tokens import TokenSequences
 from lexigram.choice import choose_parts, parts_key
 from lexigram.curves import decide
 from lexigram.errors import LexigramError
+from lexigram.factors import Factor, FactorSpec, empty, factor_spec
+from lexigram.fitting import AssembleTask, FitTask, Task, fitted
 from lexigram.gram import Gram
-from lexigram.methods import Fitted, Member, fit_group
-from lexigram.methods.base import assemble, chooses
+from lexigram.interruption import deferred
+from lexigram.memory import release
+from lexigram.methods import Fitted
+from lexigram.methods.base import chooses
+from lexigram.methods.cap import needs_model
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
-from lexigram.recording import Ledger, run_record
-from lexigram.records import RunRecord, Stopwatch
+from lexigram.recording import Ledger, run_record, unit_record
+from lexigram.records import RunRecord, Stopwatch, versions
+from lexigram.runfolder import RunFolder, opened
 from lexigram.running import Silent, Stages, counted
+from lexigram.shards import FileTensor
 from lexigram.staging import RUN_FILE, check_target, staged
-from lexigram.targets import decoder_layers, weight_of
-from lexigram.transformers_io import FactoredLinear, attach_config, share
-from lexigram.weights import check_finite, check_storable, model_sha256, weights_sha256
+from lexigram.targets import decoder_layers
+from lexigram.transformers_io import SHARED, FactoredLinear
+from lexigram.transformers_io.writing import write_model
+from lexigram.weights import Digests, Weights, checked, model_sha256
+from lexigram.workers import Workers
 
 ALLOCATION_FILE = "allocation.json"
 
@@ -47,8 +59,13 @@ def compress(
     progress: Stages | None = None,
     prepared: Plan | None = None,
     cache: str | Path | None = None,
+    resume: bool = False,
+    workers: Workers | None = None,
 ) -> RunRecord:
     """Compress a model into the folder `out`, which appears only when everything in it is complete.
+
+    What is finished meanwhile lies in a folder beside it, `out` with ``.unfinished`` behind its name. It stays there when the
+    run ends early for whatever reason, and another run can go on from it.
 
     Args:
         recipe: the whole run.
@@ -57,12 +74,15 @@ def compress(
         progress: is told how far the run is.
         prepared: the plan of this recipe, where it was made already.
         cache: see `plan`; of no use beside `prepared`, which has its own.
+        resume: go on with a run that ended early, if there is one.
+        workers: where matrices are fitted; by default so many processes as the plan says. The bytes are the same.
 
     Returns:
         The content of the folder's `run.json`.
 
     Raises:
         LexigramError: for whatever the user can mend; `out` is then as it was.
+        KeyboardInterrupt: after Ctrl-C; the matrix that was being fitted is finished first.
     """
     progress, watch, out = progress or Silent(), Stopwatch(), Path(out)
     check_target(out, overwrite=overwrite)
@@ -73,28 +93,32 @@ def compress(
     with watch.stage("plan"):
         prepared = prepared or plan(recipe, cache=cache)
         check_target(out, overwrite=overwrite, needed_bytes=prepared.disk_bytes)
-    with watch.stage("load"), progress.stage("load the model", 1) as step:
-        model = prepared.source.model(prepared.device)
-        check_finite(model, recipe.model)
-        check_storable(model, {target.name for target in prepared.targets}, recipe.dtype)
-        step()
-    tokens = prepared.tokens
-    if tokens is None:
-        with watch.stage("sample"):
-            tokens = sampled(prepared, model, progress)
-    digest = weights_sha256(model, prepared.targets)
-    work = _Work(prepared, model, tokens, watch, progress)
-    allocation = work.run(out)
-    with staged(out, overwrite=overwrite) as folder:
-        with watch.stage("save"), progress.stage("save", 1) as step:
-            attach_config(model.to(getattr(torch, recipe.dtype)))
-            model.save_pretrained(folder)
-            prepared.source.tokenizer().save_pretrained(folder)
-            step()
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (folder / ALLOCATION_FILE).write_text(allocation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        record = run_record(folder, prepared, tokens, digest, allocation, work.ledger, watch)
-        (folder / RUN_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    with watch.stage("load"):
+        frame, weights = prepared.source.opened(prepared.device)
+        with progress.stage("read the weights", len(weights.entries)) as step:
+            digests = checked(weights, prepared.targets, recipe.model, recipe.dtype, step)
+    with opened(out, _identity(prepared, digests, frame), resume=resume) as run:
+        tokens = prepared.tokens or run.tokens
+        if tokens is None:
+            with watch.stage("sample"):
+                tokens = sampled(prepared, prepared.source.model(prepared.device), progress)
+            run.keep_tokens(tokens)
+        with workers or Workers(prepared.way.workers) as pool:
+            release()
+            work = _Work(prepared, frame, weights, digests, tokens, run, pool, watch, progress)
+            allocation = work.run()
+        with staged(out, overwrite=overwrite, within=run.folder) as folder:
+            ledger, tensors = work.result(allocation)
+            release()
+            with watch.stage("save"), progress.stage("save", 1) as step:
+                layers, shared = ledger.specs(prepared.targets)
+                write_model(folder, frame, weights, layers, shared, tensors, getattr(torch, recipe.dtype))
+                prepared.source.tokenizer().save_pretrained(folder)
+                step()
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            (folder / ALLOCATION_FILE).write_text(allocation.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            record = run_record(folder, prepared, tokens, digests.targets, allocation, ledger, watch)
+            (folder / RUN_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return record
 
 
@@ -113,176 +137,253 @@ def sampled(prepared: Plan, model: PreTrainedModel, progress: Stages) -> TokenSe
 
 
 class _Work:
-    """The middle of a run: from a loaded model and its calibration tokens to a model with factors in it."""
+    """The middle of a run: from weights and calibration tokens to factors on disk."""
 
     def __init__(
         self,
         prepared: Plan,
-        model: PreTrainedModel,
+        frame: PreTrainedModel,
+        weights: Weights,
+        digests: Digests,
         tokens: TokenSequences,
+        run: RunFolder,
+        pool: Workers,
         watch: Stopwatch,
         progress: Stages,
     ) -> None:
-        self.prepared, self.model, self.tokens = prepared, model, tokens
-        self.watch, self.progress = watch, progress
+        self.prepared, self.frame, self.weights, self.digests = prepared, frame, weights, digests
+        self.tokens, self.kept, self.pool, self.watch, self.progress = tokens, run, pool, watch, progress
         self.targets = {target.name: target for target in prepared.targets}
-        self.ledger = Ledger()
+        self.streaming: dict[str, Any] = {"weights": weights, "batch_tokens": prepared.way.batch_tokens}
+        if prepared.way.spills:
+            self.streaming["keep"] = spilling(run.temporary("hidden"))
 
-    def run(self, out: Path) -> Allocation:
-        """Replace every target; the allocation that was used."""
+    def run(self) -> Allocation:
+        """Fit every unit that is not on disk; the allocation that was used."""
         prepared, recipe = self.prepared, self.prepared.recipe
         allocation = prepared.allocation
         if allocation is not None and (recipe.sequential or prepared.cache is None):
             self._streamed(allocation)
             return allocation
-        with self._gram_store(out) as store:
-            self._calibrated(store)
-            if allocation is None and chooses(recipe.method):
-                return self._chosen(out, store)
-            if allocation is None:
-                with self.watch.stage("allocate"):
-                    allocation = decide(prepared, self._weight, store, self.model, self.tokens.ids, self.progress)
-            if recipe.sequential:
-                self._streamed(allocation)
-                return allocation
+        allocation = allocation or self.kept.allocation
+        store = self._store(prepared.cache, "grams", str(prepared.compute_dtype), self.tokens.sha256)
+        self._calibrated(store)
+        if allocation is None and chooses(recipe.method):
+            return self._chosen(store)
+        if allocation is None:
+            with self.watch.stage("allocate"):
+                allocation = decide(
+                    prepared,
+                    self._weight,
+                    store,
+                    self.frame,
+                    self.tokens.ids,
+                    self.pool,
+                    self.progress,
+                    self.streaming,
+                )
+            self.kept.decide(allocation)
+            store.forget()
+        if recipe.sequential:
+            self._streamed(allocation)
+        else:
             with self.progress.stage("compress", len(self.targets)) as step:
-                for unit in allocation.units:
-                    with store.using(self.targets[name].site for name in unit.members) as grams:
-                        self._fit(unit, grams)
-                    for _ in unit.members:
-                        step()
+                self._fit(allocation.units, partial(self._task, store), step)
         return allocation
 
-    def _chosen(self, out: Path, store: GramStore) -> Allocation:
-        """Decompose all weights, choose among their parts, and put in place what was chosen."""
-        with self._parts_folder(out) as folder:
-            with self.watch.stage("allocate"):
-                chosen = choose_parts(
-                    self.prepared, self._weight, store, folder, self.model, self.tokens.ids, self.progress
-                )
-            with self.progress.stage("compress", len(self.targets)) as step:
-                for unit in chosen.allocation.units:
-                    (name,), (spec,) = unit.members, unit.spec.members
-                    with store.using([self.targets[name].site]) as grams, self.watch.stage("fit"):
-                        gram = grams[self.targets[name].site]
-                        try:
-                            fitted = assemble(unit.method, self._weight(name), gram, chosen.of(name), spec)
-                        except ValueError as error:
-                            raise LexigramError(f"{name} cannot be compressed: {error}") from error
-                    self._put(unit, Fitted([fitted]))
-                    step()
-        return chosen.allocation
+    def result(self, allocation: Allocation) -> tuple[Ledger, dict[str, FileTensor]]:
+        """What is known of all units, and where their tensors lie, by their names in the result."""
+        ledger, tensors = Ledger(), dict[str, FileTensor]()
+        for unit in allocation.units:
+            found, record = self.kept.get(unit)
+            tensors |= found
+            ledger.enter(record)
+        return ledger, tensors
 
-    @contextmanager
-    def _parts_folder(self, out: Path) -> Iterator[Path]:
-        """In the cache under what decides the parts, or beside `out` where it goes away."""
-        if self.prepared.cache is None:
-            with _temporary_folder(out, "parts") as folder:
-                yield folder
-            return
-        key = hashlib.sha256(f"{model_sha256(self.model)} {parts_key(self.prepared.recipe)}".encode())
-        yield self.prepared.cache / f"parts-{key.hexdigest()[:16]}"
+    def _chosen(self, store: GramStore) -> Allocation:
+        """Decompose all weights, choose among their parts, and assemble what was chosen."""
+        config = self.prepared.recipe.method
+        folder = self._folder(self.prepared.cache, "parts", parts_key(self.prepared.recipe))
+        model = self.prepared.source.model(self.prepared.device) if needs_model(config) else self.frame
+        with self.watch.stage("allocate"):
+            chosen = choose_parts(self.prepared, self._weight, store, folder, model, self.tokens.ids, self.progress)
+        del model
+
+        def task(unit: Unit) -> Task:
+            (name,) = unit.members
+            with store.using([self.targets[name].site]) as grams:
+                return AssembleTask(unit, self._weight(name), grams[self.targets[name].site], chosen.of(name))
+
+        with self.progress.stage("compress", len(self.targets)) as step:
+            self._fit(chosen.allocation.units, task, step)
+        return chosen.allocation
 
     def _streamed(self, allocation: Allocation) -> None:
         """Fit every unit as soon as all its Grams are there, and let go of those that no unit waits for."""
-        waiting, held = list(allocation.units), dict[str, Gram]()
-        passes = self._passes(sequential_grams if self.prepared.recipe.sequential else plain_grams)
+        sequential = self.prepared.recipe.sequential
+        waiting = [unit for unit in allocation.units if not self.kept.has(unit)]
+        store, there = GramStore(self.kept.temporary("streamed"), self.prepared.device), set[str]()
         with self.progress.stage("compress", len(self.targets)) as step:
-            for grams in passes:
-                held |= grams
-                ready = [unit for unit in waiting if self._sites(unit) <= held.keys()]
-                for unit in ready:
-                    self._fit(unit, held)
-                    for _ in unit.members:
-                        step()
+            for _ in range(len(self.targets) - sum(len(unit.members) for unit in waiting)):
+                step()
+            wanted = {site for unit in waiting for site in self._sites(unit)}
+            placed = _Placed(self.frame)
+            for layer, grams in self._passes(sequential_grams if sequential else plain_grams, wanted):
+                placed.undo()
+                store.update(grams)
+                there |= grams.keys()
+                del grams
+                release()
+                ready = [unit for unit in waiting if self._sites(unit) <= there]
+                self._fit(ready, partial(self._task, store), step)
                 waiting = [unit for unit in waiting if unit not in ready]
-                needed = set().union(*map(self._sites, waiting))
-                held = {site: gram for site, gram in held.items() if site in needed}
-                del grams  # with all that was computed from them, before the next layer's are made
+                unneeded = there - {site for unit in waiting for site in self._sites(unit)}
+                store.drop(unneeded)
+                there -= unneeded
+                if sequential:
+                    own = [unit for unit in allocation.units if self.targets[unit.members[0]].layer == layer]
+                    placed.put({name: module for unit in own for name, module in self._modules(unit).items()})
+            placed.undo()
 
     def _calibrated(self, store: GramStore) -> None:
         """All Grams into the store, unless an earlier run left them there."""
         sites = {target.site for target in self.targets.values()}
         if store.holds(sites):
             return
+        missing = store.missing(sites)
         with self.progress.stage("calibrate", len(sites)) as step:
-            for grams in self._passes(plain_grams):
+            for _ in sites - missing:
+                step()
+            for _, grams in self._passes(plain_grams, missing):
                 store.update(grams)
                 for _ in grams:
                     step()
         store.seal(sites)
 
-    def _passes(self, kind: Callable[..., Iterator[dict[str, Gram]]]) -> Iterator[dict[str, Gram]]:
-        """Grams layer by layer; the time until the next ones is that of the calibration."""
+    def _passes(
+        self, kind: Callable[..., Iterator[dict[str, Gram]]], wanted: set[str]
+    ) -> Iterator[tuple[int | None, dict[str, Gram]]]:
+        """(layer, Grams of its sites that are wanted), layer by layer; the time until the next ones is the calibration's."""
+        if not wanted:
+            return
         sites: dict[int | None, list[str]] = {}
         for target in self.targets.values():
-            found = sites.setdefault(target.layer, [])
-            if target.site not in found:
-                found.append(target.site)
-        layers = list(decoder_layers(self.model))
-        passes = kind(self.model, layers, sites, self.tokens.ids, self.prepared.compute_dtype)
-        while True:
+            if target.site in wanted and target.site not in sites.setdefault(target.layer, []):
+                sites[target.layer].append(target.site)
+        layers = list(decoder_layers(self.frame))
+        passes = kind(self.frame, layers, sites, self.tokens.ids, self.prepared.compute_dtype, **self.streaming)
+        for number in range(len(layers) + 1):
             with self.watch.stage("calibrate"):
                 grams = next(passes, None)
             if grams is None:
                 return
-            yield grams
+            yield (number if number < len(layers) else None), grams
             del grams
 
-    @contextmanager
-    def _gram_store(self, out: Path) -> Iterator[GramStore]:
-        """In the cache under what decides the Grams, or in a folder beside `out` that goes away."""
-        device = self.prepared.device
-        if self.prepared.cache is not None:
-            decides = (model_sha256(self.model), self.tokens.sha256, str(self.prepared.compute_dtype))
-            key = hashlib.sha256(" ".join(decides).encode()).hexdigest()
-            yield GramStore(self.prepared.cache / f"grams-{key[:16]}", device)
-            return
-        with _temporary_folder(out, "grams") as folder:
-            yield GramStore(folder, device)
+    def _fit(self, units: Iterable[Unit], task: Callable[[Unit], Task], step: Callable[[], None]) -> None:
+        """Factors of units that are not on disk, each on disk as soon as it is fitted."""
+        missing = [unit for unit in units if not self.kept.has(unit)]
+        with self.watch.stage("fit"), deferred() as interrupted:
+            for unit, found in self.pool.run(fitted, map(task, missing), stop=interrupted):
+                record = unit_record([self.targets[name] for name in unit.members], found)
+                self.kept.put(unit, unit_tensors(unit, found), record)
+                for _ in unit.members:
+                    step()
+            if interrupted():
+                raise KeyboardInterrupt
+
+    def _task(self, store: GramStore, unit: Unit) -> Task:
+        recipe, sites = self.prepared.recipe, [self.targets[name].site for name in unit.members]
+        with store.using(sites) as grams:
+            weights = [self._weight(name) for name in unit.members]
+            return FitTask(unit, weights, [grams[site] for site in sites], recipe.correction, recipe.seed)
+
+    def _store(self, cache: Path | None, *kind: str) -> GramStore:
+        return GramStore(self._folder(cache, *kind), self.prepared.device)
+
+    def _folder(self, cache: Path | None, kind: str, *decides: str) -> Path:
+        """In the cache under what decides its content, or with the run, where it goes away."""
+        if cache is None:
+            return self.kept.folder / kind
+        model = model_sha256(self.digests, self.frame.config)
+        return cache / f"{kind}-{hashlib.sha256(' '.join([model, *decides]).encode()).hexdigest()[:16]}"
+
+    def _modules(self, unit: Unit) -> dict[str, FactoredLinear]:
+        """What stands for a unit's layers, by name, with factors that are on disk."""
+        stored, record = self.kept.get(unit)
+        tensors = {name: tensor.read().to(self.prepared.device) for name, tensor in stored.items()}
+        shared = {
+            each.name: loaded(factor_spec.validate_python(each.factors), tensors, f"{SHARED}.{each.name}.")
+            for each in record.shared
+        }
+        found = {}
+        for layer in record.layers:
+            factors = loaded(factor_spec.validate_python(layer.factors), tensors, f"{layer.name}.factors.", shared)
+            bias = self.frame.get_submodule(layer.name).bias
+            found[layer.name] = FactoredLinear(factors, bias, transposed=self.targets[layer.name].transposed)
+        return found
 
     def _sites(self, unit: Unit) -> set[str]:
         return {self.targets[name].site for name in unit.members}
 
     def _weight(self, name: str) -> Tensor:
-        return weight_of(self.model.get_submodule(name)).detach()
-
-    def _fit(self, unit: Unit, grams: Mapping[str, Gram]) -> None:
-        """Factors of one unit, put in place and recorded."""
-        targets = [self.targets[name] for name in unit.members]
-        with self.watch.stage("fit"):
-            correction = self.prepared.recipe.correction
-            members = [Member(grams[t.site].aim(self._weight(t.name), correction), grams[t.site]) for t in targets]
-            generator = _generator(self.prepared.recipe.seed, unit.members[0])
-            try:
-                fitted = fit_group(unit.method, members, unit.spec, generator)
-            except ValueError as error:
-                raise LexigramError(f"{' + '.join(unit.members)} cannot be compressed: {error}") from error
-        self._put(unit, fitted)
-
-    def _put(self, unit: Unit, fitted: Fitted) -> None:
-        """Factors in the place of the weights, and on record."""
-        targets = [self.targets[name] for name in unit.members]
-        for target, (factors, report) in zip(targets, fitted.members, strict=True):
-            module = self.model.get_submodule(target.name)
-            bias = module.bias if isinstance(module.bias, Tensor) else None
-            self.model.set_submodule(target.name, FactoredLinear(factors, bias, transposed=target.transposed))
-            self.ledger.enter(target, factors, report)
-        if fitted.shared is not None:
-            name = next(fitted.members[0][0].spec.references()).name
-            share(self.model, {name: fitted.shared})
-            self.ledger.enter_shared(name, unit.members, fitted.shared)
+        return self.weights.weight(self.targets[name]).detach().to(self.prepared.device)
 
 
-@contextmanager
-def _temporary_folder(out: Path, content: str) -> Iterator[Path]:
-    """A folder beside `out` that goes away: what lies there may be as large as the model."""
-    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.{content}-", dir=parent) as folder:
-        yield Path(folder)
+class _Placed:
+    """Modules that stand in a model for a while."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._original: dict[str, nn.Module] = {}
+
+    def put(self, modules: Mapping[str, nn.Module]) -> None:
+        """Let these stand in the places of their names."""
+        for name, module in modules.items():
+            self._original[name] = self._model.get_submodule(name)
+            self._model.set_submodule(name, module)
+
+    def undo(self) -> None:
+        """Put back what stood there."""
+        for name, module in self._original.items():
+            self._model.set_submodule(name, module)
+        self._original.clear()
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    """One stream of random numbers a layer, whatever the order in which layers are fitted."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def unit_tensors(unit: Unit, found: Fitted) -> dict[str, Tensor]:
+    """The tensors of a unit's factors by their names in the result."""
+    matrices = {f"{name}.factors": factors for name, (factors, _) in zip(unit.members, found.members, strict=True)}
+    if found.shared is not None:
+        matrices[f"{SHARED}.{next(found.members[0][0].spec.references()).name}"] = found.shared
+    return {f"{name}.{key}": tensor for name, matrix in matrices.items() for key, tensor in matrix.state_dict().items()}
+
+
+def loaded(
+    spec: FactorSpec, tensors: Mapping[str, Tensor], prefix: str, shared: Mapping[str, Factor] = MappingProxyType({})
+) -> Factor:
+    """The factors of a form from those of `tensors` whose names begin with `prefix`."""
+    with torch.device("meta"):
+        factors = empty(spec, shared)
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    factors.load_state_dict(own, assign=True)
+    return factors
+
+
+def _identity(prepared: Plan, digests: Digests, frame: PreTrainedModel) -> dict[str, str]:
+    """All that decides the bytes of a result, by the names that a message may give."""
+    recipe = prepared.recipe
+    settings = recipe.model_dump(mode="json", exclude={"model", "calibration", "device", "compute_dtype"})
+    method = settings.pop("method")
+    calibration = prepared.tokens.sha256 if prepared.tokens else recipe.calibration.model_dump_json()
+    return {
+        "the model": model_sha256(digests, frame.config),
+        "the calibration": calibration,
+        **{key: str(value) for key, value in settings.items()},
+        **{f"the method's {key}": str(value) for key, value in method.items()},
+        "the allocation": "made here" if prepared.allocation is None else prepared.allocation.model_dump_json(),
+        "tokens at once": str(prepared.way.batch_tokens),
+        "the device": prepared.device.type,
+        "a forward pass in": str(prepared.compute_dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+        **{f"the version of {name}": version for name, version in versions().items() if name != "python"},
+    }

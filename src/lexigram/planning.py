@@ -20,22 +20,35 @@ from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec
+from lexigram.memory import Needs, Way, chosen_way, peak_memory_bytes, resident_bytes
 from lexigram.methods.base import chooses, couples
+from lexigram.methods.cap import needs_model
 from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Recipe
 from lexigram.source import Source
-from lexigram.targets import Target, check_separate, find_targets
+from lexigram.targets import (
+    Target,
+    check_separate,
+    decoder_layers,
+    decoder_layers_name,
+    find_targets,
+    is_linear,
+    weight_of,
+)
 from lexigram.transformers_io import is_compressed
+
+SENSITIVITY_SEQUENCES = 8
+"""So many of the calibration's sequences tell how much the loss feels an error."""
 
 _DEFAULT_LENGTH = 1024
 _DESCRIPTIONS = 20_000_000  # bytes on disk for tokenizer, configs and run.json
 _PARTS = 8  # bytes of disk for every weight that is split into parts: some 1.6 numbers of 4 bytes, and a byte of their support
 _SKETCHES = 8  # bytes of disk for every weight that a refinement makes sketches of: measured, some 4 forms in bfloat16
-_BASELINE = 500_000_000  # bytes of memory that Python and torch take by themselves
+_WORTH_WORKERS = 20_000_000  # weights to compress
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. Sizes are stored bytes; `memory_bytes` is an estimate of the peak."""
+    """What a run will do. Sizes are stored bytes."""
 
     recipe: Recipe
     source: Source
@@ -50,7 +63,10 @@ class Plan:
     tokens: TokenSequences | None
     """None where the sequences will be sampled from the model itself."""
     uncompressed_bytes: int
-    memory_bytes: int
+    way: Way
+    """How it is carried out where memory decides."""
+    memory: dict[str, int]
+    """The peak of memory in every stage, in bytes, as it is predicted: of the workers too."""
     device: torch.device
     compute_dtype: torch.dtype
     seconds: float
@@ -78,6 +94,11 @@ class Plan:
         return self.allocation.bytes
 
     @property
+    def memory_bytes(self) -> int:
+        """The peak of memory, as it is predicted."""
+        return max(self.memory.values())
+
+    @property
     def disk_bytes(self) -> int:
         """What the run will need on disk: the output with its descriptions, and Grams and parts that are kept meanwhile."""
         widths = {target.site: target.shape[1] for target in self.targets}
@@ -89,16 +110,20 @@ class Plan:
         return self.uncompressed_bytes + self.bytes_after + _DESCRIPTIONS + kept
 
 
-def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
+def plan(
+    recipe: Recipe, *, cache: str | Path | None = None, workers: int | None = 1, max_ram: int | None = None
+) -> Plan:
     """Resolve a recipe without reading weights.
 
     Args:
         recipe: the whole run.
         cache: a folder where Grams, curves and decompositions are kept, so that another run on the same weights and text need
             not make them again.
+        workers: matrices that are fitted at once; None for one a core where models are worth it.
+        max_ram: bytes of memory that the run may take, its workers included.
 
     Raises:
-        LexigramError: for a model, pattern, text, device or ratio that will not do.
+        LexigramError: for a model, pattern, text, device or ratio that will not do, or a memory limit that is too small.
     """
     start = time.perf_counter()
     source = Source.resolve(recipe.model)
@@ -113,6 +138,12 @@ def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
     groups = _groups(recipe, skeleton, targets)
     allocation = _allocation(recipe, targets, groups)
     length = _length(recipe, config)
+    tokens = None if recipe.calibration.text == (SELF,) else _read_tokens(recipe, source, length)
+    compute_dtype = forward_dtype(device, recipe.compute_dtype)
+    read = recipe.calibration.sequences * length, length
+    needs = _needs(recipe, source, skeleton, targets, groups, read, compute_dtype)
+    before = peak_memory_bytes()
+    way, memory = chosen_way(needs, resident_bytes(), workers or _default_workers(device, targets), max_ram)
     return Plan(
         recipe=recipe,
         source=source,
@@ -121,18 +152,20 @@ def plan(recipe: Recipe, *, cache: str | Path | None = None) -> Plan:
         allocation=allocation,
         cache=None if cache is None else Path(cache),
         length=length,
-        tokens=None if recipe.calibration.text == (SELF,) else _read_tokens(recipe, source, length),
+        tokens=tokens,
         uncompressed_bytes=_uncompressed_bytes(recipe, skeleton, targets),
-        memory_bytes=_memory_bytes(
-            skeleton,
-            targets,
-            recipe.calibration.sequences * length,
-            drawn=recipe.refine > 0 or chooses(recipe.method),
-        ),
+        way=way,
+        memory={"plan": before, **memory},
         device=device,
-        compute_dtype=forward_dtype(device, recipe.compute_dtype),
+        compute_dtype=compute_dtype,
         seconds=time.perf_counter() - start,
     )
+
+
+def _default_workers(device: torch.device, targets: list[Target]) -> int:
+    """One a core, unless starting the workers takes longer than they do."""
+    count = sum(target.weight_count for target in targets)
+    return torch.get_num_threads() if device.type == "cpu" and count >= _WORTH_WORKERS else 1
 
 
 def _refuse_quantised(source: Source, config: Any) -> None:
@@ -234,16 +267,48 @@ def _uncompressed_bytes(recipe: Recipe, skeleton: PreTrainedModel, targets: list
     return count * getattr(torch, recipe.dtype).itemsize
 
 
-def _memory_bytes(skeleton: PreTrainedModel, targets: list[Target], tokens: int, *, drawn: bool) -> int:
-    """Model in float32, hidden states of all calibration tokens, Grams and whitening of the dearest decoder layer.
-
-    Once more the targets, in float32, where a model is tried out with other weights that are `drawn`.
-    """
-    weights = sum(4 * parameter.numel() for parameter in skeleton.parameters())
-    hidden = 4 * tokens * skeleton.config.get_text_config().hidden_size
-    inputs: dict[int | None, dict[str, int]] = {}
-    for target in targets:
-        inputs.setdefault(target.layer, {})[target.site] = target.shape[1]
-    grams = max(sum(3 * 8 * width**2 for width in sites.values()) for sites in inputs.values())
-    tried = 4 * sum(target.weight_count for target in targets) if drawn else 0
-    return _BASELINE + weights + max(hidden + grams, tried)
+def _needs(
+    recipe: Recipe,
+    source: Source,
+    skeleton: PreTrainedModel,
+    targets: list[Target],
+    groups: list[tuple[str, ...]] | None,
+    tokens: tuple[int, int],
+    compute: torch.dtype,
+) -> Needs:
+    """The sizes that decide what is in memory; `tokens` are the calibration's, and those of a sequence."""
+    config = skeleton.config.get_text_config()
+    stored = getattr(skeleton.config, "dtype", None) or torch.float32
+    inside = tuple(f"{decoder_layers_name(skeleton)}.{index}." for index, _ in enumerate(decoder_layers(skeleton)))
+    parameters = dict(skeleton.named_parameters())
+    tied = set(skeleton.all_tied_weights_keys)
+    count = {name: parameter.numel() for name, parameter in parameters.items() if name not in tied}
+    of_layers = [sum(size for name, size in count.items() if name.startswith(prefix)) for prefix in inside]
+    sites = {target.site: (target.layer, target.shape[1]) for target in targets}
+    grams: dict[int | None, int] = {}
+    for layer, width in sites.values():
+        grams[layer] = grams.get(layer, 0) + 8 * width**2
+    widths = [sum(weight_of(module).shape) for module in decoder_layers(skeleton)[0].modules() if is_linear(module)]
+    whole = sum(count.values()) * stored.itemsize
+    drawn = recipe.refine > 0 or needs_model(recipe.method)
+    tried = recipe.calibration.text == (SELF,) or drawn
+    return Needs(
+        tokens=tokens[0],
+        length=tokens[1],
+        layers=len(inside),
+        largest=max(count.values()) * stored.itemsize,
+        outside=(sum(count.values()) - sum(of_layers)) * compute.itemsize,
+        layer=max(of_layers) * compute.itemsize,
+        hidden=config.hidden_size * compute.itemsize,
+        activations=sum(widths) * compute.itemsize,
+        logits=config.vocab_size * 4,
+        width=max(target.shape[1] for target in targets),
+        weights=max(target.weight_count for target in targets),
+        group=max((len(names) for names in groups), default=1) if groups is not None else 2,
+        grams=max(grams.values()) * (2 if recipe.sequential else 1),
+        whole=tried * whole + drawn * 4 * sum(target.weight_count for target in targets),
+        held=whole if source.gguf is not None else 0,
+        sensitivity_sequences=SENSITIVITY_SEQUENCES
+        if recipe.allocation == KNAPSACK and recipe.measure == "loss"
+        else 0,
+    )

@@ -13,28 +13,71 @@ import torch
 
 from lexigram.allocation.units import Allocation
 from lexigram.calibration.tokens import TokenSequences
-from lexigram.factors import Factor, factor_spec
+from lexigram.factors import FactorSpec, factor_spec
 from lexigram.headers import file_sha256, read_headers, tensor_sha256
-from lexigram.methods import FitReport
+from lexigram.memory import peak_memory_bytes, workers_peak_memory_bytes
+from lexigram.methods import Fitted
 from lexigram.planning import Plan
-from lexigram.records import LayerRecord, RunRecord, SharedRecord, Stopwatch, machine, peak_memory_bytes, versions
+from lexigram.records import (
+    LayerRecord,
+    RunRecord,
+    SharedRecord,
+    Stopwatch,
+    UnitRecord,
+    machine,
+    versions,
+)
 from lexigram.staging import RUN_FILE
 from lexigram.targets import Target
-from lexigram.transformers_io import SHARED
+from lexigram.transformers_io import SHARED, LayerSpec
 
 UNCOMPRESSED = "not compressed"
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The factors that stand in the model already: layers by name, and what several of them share."""
+    """The factors of a result: layers by name, and what several of them share."""
 
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     shared: list[SharedRecord] = field(default_factory=list)
 
-    def enter(self, target: Target, factors: Factor, report: FitReport) -> None:
-        """Factors in the place of one weight."""
-        self.layers[target.name] = LayerRecord(
+    def enter(self, unit: UnitRecord) -> None:
+        """The layers of one unit."""
+        self.layers.update({layer.name: layer.model_copy(update=_form(layer)) for layer in unit.layers})
+        self.shared.extend(shared.model_copy(update=_form(shared)) for shared in unit.shared)
+
+    def specs(self, targets: Sequence[Target]) -> tuple[dict[str, LayerSpec], dict[str, FactorSpec]]:
+        """Every layer as data, and the form of every shared matrix, by name."""
+        layers = {
+            target.name: LayerSpec(
+                factors=factor_spec.validate_python(self.layers[target.name].factors),
+                bias=target.bias,
+                transposed=target.transposed,
+            )
+            for target in targets
+        }
+        return layers, {shared.name: factor_spec.validate_python(shared.factors) for shared in self.shared}
+
+    @property
+    def bytes(self) -> int:
+        """Of all layers, what they share counted once."""
+        return sum(layer.bytes_after for layer in self.layers.values()) + sum(shared.bytes for shared in self.shared)
+
+    def matrices(self) -> dict[str, dict[str, Any]]:
+        """Every expression's spec by the name that its tensors begin with."""
+        own = {f"{name}.factors": layer.factors for name, layer in self.layers.items()}
+        return own | {f"{SHARED}.{shared.name}": shared.factors for shared in self.shared}
+
+
+def _form(record: LayerRecord | SharedRecord) -> dict[str, Any]:
+    """The form of a record that may come from a file, where JSON knows no tuples."""
+    return {"factors": factor_spec.validate_python(record.factors).model_dump()}
+
+
+def unit_record(targets: Sequence[Target], fitted: Fitted) -> UnitRecord:
+    """What is known of the members of a unit, in its order, once they are fitted."""
+    layers = [
+        LayerRecord(
             name=target.name,
             kind=target.kind,
             layer=target.layer,
@@ -46,21 +89,15 @@ class Ledger:
             parameters_after=factors.spec.parameters,
             fit=report,
         )
-
-    def enter_shared(self, name: str, members: Sequence[str], matrix: Factor) -> None:
-        """A matrix that the factors of `members` refer to by `name`."""
-        spec = matrix.spec
-        self.shared.append(SharedRecord(name=name, members=list(members), factors=spec.model_dump(), bytes=spec.bytes))
-
-    @property
-    def bytes(self) -> int:
-        """Of all layers, what they share counted once."""
-        return sum(layer.bytes_after for layer in self.layers.values()) + sum(shared.bytes for shared in self.shared)
-
-    def matrices(self) -> dict[str, dict[str, Any]]:
-        """Every expression's spec by the name that its tensors begin with."""
-        own = {f"{name}.factors": layer.factors for name, layer in self.layers.items()}
-        return own | {f"{SHARED}.{shared.name}": shared.factors for shared in self.shared}
+        for target, (factors, report) in zip(targets, fitted.members, strict=True)
+    ]
+    if fitted.shared is None:
+        return UnitRecord(layers=layers)
+    name, spec = next(fitted.members[0][0].spec.references()).name, fitted.shared.spec
+    members = [target.name for target in targets]
+    return UnitRecord(
+        layers=layers, shared=[SharedRecord(name=name, members=members, factors=spec.model_dump(), bytes=spec.bytes)]
+    )
 
 
 def run_record(
@@ -109,6 +146,8 @@ def run_record(
         mean_relative_error=sum(layer.fit.relative_error for layer in layers) / len(layers),
         seconds=watch.seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        predicted_memory_bytes=prepared.memory_bytes,
+        workers_peak_memory_bytes=workers_peak_memory_bytes() if prepared.way.workers > 1 else 0,
         device_peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         stages=watch.stages,
         files=sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),

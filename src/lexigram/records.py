@@ -2,7 +2,6 @@
 
 import math
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec, SharedSpec, factor_spec
 from lexigram.folders import check_plain, printable
 from lexigram.jsonfiles import read_json
+from lexigram.memory import peak_memory_bytes
 from lexigram.methods import FitReport
 from lexigram.staging import RUN_FILE
 
@@ -80,13 +80,22 @@ class SharedRecord(_Part):
         return self
 
 
+class UnitRecord(_Part):
+    """The layers that were fitted together, and what they share."""
+
+    layers: list[LayerRecord]
+    shared: list[SharedRecord] = []
+
+
 class RunRecord(_Part):
     """The content of `run.json`.
 
     Sizes are stored bytes, file headers aside; `bytes_*` of the compressed layers (bfloat16 before), `model_bytes_*` of the
     whole model. `weights_sha256` is of the compressed layers' weights as they were loaded, in the model's order. `ratio` is
     the share of `bytes_before` that was removed, `requested_ratio` what was asked for, `bits_per_weight` the stored bits of
-    the compressed layers over their weights. `files` lists what the run wrote; nothing else in the folder is ever removed.
+    the compressed layers over their weights. `peak_memory_bytes` is that of
+    this process, `workers_peak_memory_bytes` of the largest of its workers, `predicted_memory_bytes` what the plan said of all
+    of them. `files` lists what the run wrote; nothing else in the folder is ever removed.
 
     `tensors_sha256` holds the hash of every stored tensor (`lexigram.headers.tensor_sha256`), `files_sha256` that of every
     other file but this one. Results of earlier versions have neither.
@@ -115,6 +124,8 @@ class RunRecord(_Part):
     mean_relative_error: float
     seconds: float
     peak_memory_bytes: int
+    predicted_memory_bytes: int | None = None
+    workers_peak_memory_bytes: int = 0
     device_peak_memory_bytes: int | None
     stages: dict[str, StageCost]
     files: list[str]
@@ -168,16 +179,6 @@ class Stopwatch:
     def seconds(self) -> float:
         """Since the stopwatch was made."""
         return time.perf_counter() - self._start
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far; 0 where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def read_run(folder: Path) -> RunRecord:

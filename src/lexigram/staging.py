@@ -15,6 +15,9 @@ from lexigram.errors import LexigramError
 RUN_FILE = "run.json"
 """Its presence marks a folder as written by us."""
 
+REPLACED = ".replaced-"
+"""In the name of a folder with an earlier result that is about to be replaced."""
+
 
 def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> None:
     """Raise where `out` could not be written in the end.
@@ -45,14 +48,19 @@ def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -
 
 
 @contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(out: Path, *, overwrite: bool = False, within: Path | None = None) -> Iterator[Path]:
     """A new folder beside `out` that becomes `out` when the context ends well, and is removed when it does not.
+
+    Args:
+        out: what it becomes.
+        overwrite: replace an earlier result of ours.
+        within: a folder on the same disk to make it in instead, of somebody who looks after what a kill leaves there.
 
     Raises:
         LexigramError: as `check_target` does, and for a failed write, whoever raised it.
     """
     try:
-        with _staged(out, overwrite=overwrite) as staging:
+        with _staged(out, overwrite=overwrite, within=within) as staging:
             yield staging
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -62,16 +70,17 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def _staged(out: Path, *, overwrite: bool, within: Path | None) -> Iterator[Path]:
     out = Path(os.path.abspath(out))  # "." has neither a name nor a parent
     check_target(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    place = within or out.parent
+    place.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=place))
     try:
         yield staging
         _usual_modes(staging)
         if out.is_dir() and any(out.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}{REPLACED}", dir=place))
             os.replace(out, old / out.name)
             os.replace(staging, out)
             shutil.rmtree(old)

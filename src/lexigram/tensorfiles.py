@@ -61,6 +61,10 @@ class TensorFiles:
         """Whether there is such an entry."""
         return self._file(name).is_file()
 
+    def remove(self, name: str) -> None:
+        """Forget an entry, if there is one."""
+        self._file(name).unlink(missing_ok=True)
+
     def damaged(self, name: str, reason: object) -> LexigramError:
         """What to raise for an entry that is not as it was written."""
         return LexigramError(

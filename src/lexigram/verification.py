@@ -31,9 +31,9 @@ from lexigram.records import RunRecord, read_run
 from lexigram.running import Silent, Stages, check_context
 from lexigram.source import Source
 from lexigram.staging import RUN_FILE
-from lexigram.targets import Target, decoder_layers, find_targets, weight_of
+from lexigram.targets import Target, decoder_layers, find_targets
 from lexigram.transformers_io import SHARED, FactoredLinear, factored_layers, load, shared_matrices
-from lexigram.weights import weights_sha256
+from lexigram.weights import Weights, weights_sha256
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 """By how much, as a share, an output error may differ from the recorded one, by the dtype of the calibration's forward pass.
@@ -151,7 +151,7 @@ def verify(
     checks.append(original.check())
     if model is None or original.targets is None:
         return Verification(folder=str(folder), checks=checks)
-    checks.append(_check_uncompressed(model, original.model))
+    checks.append(_check_uncompressed(model, original.weights))
     if tokens is None:
         return Verification(folder=str(folder), checks=checks)
     errors = original.errors(model, tokens, progress)
@@ -263,16 +263,16 @@ def _check_forms(model: PreTrainedModel, record: RunRecord) -> Check:
     return _judged("loading", wrong, done)
 
 
-def _check_uncompressed(model: PreTrainedModel, original: PreTrainedModel) -> Check:
+def _check_uncompressed(model: PreTrainedModel, original: Weights) -> Check:
     """Whatever is no factor is the original's, rounded to the dtype that it is stored in."""
-    theirs, wrong, count = dict(original.named_parameters(remove_duplicate=False)), [], 0
+    theirs, wrong, count = original.entries, [], 0
     for name, found in model.named_parameters():
         if ".factors." in name or name.startswith(f"{SHARED}."):
             continue
         count += 1
         if name not in theirs or theirs[name].shape != found.shape:
             wrong.append(f"the original has no {name} of shape {tuple(found.shape)}")
-        elif not torch.equal(theirs[name].detach().to(found.device, found.dtype), found.detach()):
+        elif not torch.equal(theirs[name].read().to(found.device, found.dtype), found.detach()):
             wrong.append(f"{name} is not that of the original")
     return _judged("uncompressed", wrong, f"{count} tensors that are not compressed are the original's")
 
@@ -303,6 +303,7 @@ class _Original:
 
     source: Source
     model: PreTrainedModel
+    weights: Weights
     record: RunRecord
     targets: list[Target] | None
     missing: str
@@ -310,22 +311,22 @@ class _Original:
     @classmethod
     def open(cls, name: str, record: RunRecord, device: str | torch.device) -> "_Original":
         source = Source.resolve(name)
-        model = source.model(device)
+        model, weights = source.opened(device)
         wanted = {layer.name: layer for layer in record.layers}
         try:
             targets = [target for target in find_targets(source.skeleton(), list(wanted)) if target.name in wanted]
         except LexigramError as error:
-            return cls(source, model, record, None, str(error))
+            return cls(source, model, weights, record, None, str(error))
         for target in targets:
             if target.shape != wanted[target.name].shape:
                 shapes = f"{target.shape}, by the record {wanted[target.name].shape}"
-                return cls(source, model, record, None, f"{target.name} has the shape {shapes}")
-        return cls(source, model, record, targets, "")
+                return cls(source, model, weights, record, None, f"{target.name} has the shape {shapes}")
+        return cls(source, model, weights, record, targets, "")
 
     def check(self) -> Check:
         """Its layers and their weights are those that were compressed."""
         wrong = [f"{self.source.name} is not the model that was compressed: {self.missing}"] if self.missing else []
-        if self.targets is not None and weights_sha256(self.model, self.targets) != self.record.weights_sha256:
+        if self.targets is not None and weights_sha256(self.weights, self.targets) != self.record.weights_sha256:
             wrong.append(f"the weights of {self.source.name} are not those that were compressed")
         return _judged(
             "original", wrong, f"{len(self.record.layers)} layers have the shapes and weights that were compressed"
@@ -359,11 +360,14 @@ class _Original:
         layers = list(decoder_layers(self.model))
         found: dict[str, float] = {}
         with progress.stage("measure the layers' errors", len(self.targets)) as step:
-            for grams in plain_grams(self.model, layers, sites, tokens.ids, _compute_dtype(self.record)):
+            passes = plain_grams(
+                self.model, layers, sites, tokens.ids, _compute_dtype(self.record), weights=self.weights
+            )
+            for grams in passes:
                 for target in (target for target in self.targets if target.site in grams):
                     module = model.get_submodule(target.name)
                     assert isinstance(module, FactoredLinear)
-                    weight = weight_of(self.model.get_submodule(target.name)).detach()
+                    weight = self.weights.weight(target).to(grams[target.site].matrix.device)
                     found[target.name] = _relative_error(weight, module.factors.to_dense, grams[target.site].matrix)
                     step()
         return {target.name: found[target.name] for target in self.targets}

@@ -6,15 +6,16 @@ and full attention) work because every layer's arguments are its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+
+from lexigram.weights import Held, Readable, Weights
 
 
 class _Recorded(Exception):  # noqa: N818 - no error: it ends a forward pass that has given what it was made for
@@ -32,27 +33,33 @@ class LayerRunner:
         *,
         batch_tokens: int = 2048,
         compute_dtype: torch.dtype = torch.float32,
+        weights: Weights | None = None,
+        keep: Callable[[Tensor], Readable] = Held,
     ) -> None:
         """Record the arguments of every layer, up to the first layer's input.
 
         Args:
-            model: the whole model.
+            model: the whole model; its parameters may be on the meta device where `weights` has them.
             layers: its decoder layers, in order.
             ids: token ids (sequences, length).
             batch_tokens: about how many tokens are run at once.
             compute_dtype: what the model runs in. Its own weights stay as they are: one layer at a time is cast.
+            weights: what is read in the place of parameters on the meta device, one layer's at a time.
+            keep: where hidden states are between two layers: in memory, or in files.
         """
         self._model = model
         self._layers = list(layers)
         self._compute_dtype = compute_dtype
-        inside = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
-        self._outside = self._cast(
-            (name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in inside
-        )
+        self._weights = weights
+        self._keep = keep
+        self._device = _device_of(model)
+        names = {id(module): name for name, module in model.named_modules()}
+        self._names = [names[id(layer)] for layer in self._layers]
         self._batches = ids.split(max(1, batch_tokens // ids.shape[1]))
         self._wrap: Callable[[Tensor], Any] = self._learn_output(self._batches[0][:1])
-        self._hidden: list[Tensor] = []
+        self._hidden: list[Readable] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        outside = self._outside()
         for batch in self._batches:
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             inputs: list[Tensor] = []
@@ -64,9 +71,9 @@ class LayerRunner:
                     raise _Recorded
                 return self._wrap(hidden)
 
-            with self._standing_in([stand_in] * len(self._layers)):
-                self._forward(batch)
-            self._hidden.append(inputs[0])
+            with torch.no_grad(), self._standing_in([stand_in] * len(self._layers)):
+                self._forward(batch, outside)
+            self._hidden.append(keep(inputs[0]))
             self._calls.append(_shared(calls, self._calls[-1]) if self._calls else calls)
 
     def fork(self) -> "LayerRunner":
@@ -82,15 +89,36 @@ class LayerRunner:
 
     def steps(self, index: int, *, advance: bool = True) -> Iterator[None]:
         """`run`, batch by batch; without `advance` the layer is run but the hidden states stay before it."""
-        layer = self._layers[index]
-        parameters = self._cast(layer.named_parameters())
-        for batch, calls in enumerate(self._calls):
-            args, kwargs = calls[index]
+        parameters = self._of_layer(index)
+        for batch in range(len(self._batches)):
             with torch.no_grad():
-                output = functional_call(layer, parameters, (self._hidden[batch], *args), kwargs)
+                output = self._layer(index, parameters, batch, self._hidden[batch].read())
             if advance:
-                self._hidden[batch] = _hidden_of(output)
+                self._hidden[batch] = self._keep(output)
             yield
+
+    def pull_back(self, index: int, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Of something with these `gradients` by the outputs of layer `index`, those by its inputs, batch by batch.
+
+        The inputs are the hidden states of this stream, which stays where it is: before that layer.
+        """
+        parameters = {name: tensor.detach() for name, tensor in self._of_layer(index).items()}
+        for batch, gradient in enumerate(gradients):
+            hidden = self._hidden[batch].read().detach().requires_grad_()
+            with torch.enable_grad():
+                output = self._layer(index, parameters, batch, hidden)
+                yield torch.autograd.grad(output, hidden, gradient)[0]
+
+    def loss_gradients(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
+        """Of the loss of logits (sequences, length, vocabulary) and ids, the gradients by the hidden states behind the last
+        layer, batch by batch.
+        """
+        outside = {name: tensor.detach() for name, tensor in self._outside().items()}
+        for batch, kept in zip(self._batches, self._hidden, strict=True):
+            hidden = kept.read().detach().requires_grad_()
+            with torch.enable_grad(), self._all_giving(hidden):
+                logits = self._forward(batch, outside).logits
+                yield torch.autograd.grad(loss(logits, batch.to(logits.device)), hidden)[0]
 
     @property
     def layers(self) -> int:
@@ -99,10 +127,19 @@ class LayerRunner:
 
     def rest(self) -> Iterator[None]:
         """Run what comes after the last layer (final norm, lm_head) on its hidden states, batch by batch."""
-        for batch, hidden in zip(self._batches, self._hidden, strict=True):
-            with self._standing_in([lambda *_args, hidden=hidden, **_kwargs: self._wrap(hidden)] * len(self._layers)):
-                self._forward(batch)
+        outside = self._outside()
+        for batch, kept in zip(self._batches, self._hidden, strict=True):
+            with torch.no_grad(), self._all_giving(kept.read()):
+                self._forward(batch, outside)
             yield
+
+    def _layer(self, index: int, parameters: Mapping[str, Tensor], batch: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self._calls[batch][index]
+        return _hidden_of(functional_call(self._layers[index], dict(parameters), (hidden, *args), kwargs))
+
+    def _all_giving(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """Let every layer give `hidden`."""
+        return self._standing_in([lambda *_args, **_kwargs: self._wrap(hidden)] * len(self._layers))
 
     def _learn_output(self, ids: Tensor) -> Callable[[Tensor], Any]:
         """How a layer wraps its hidden states: as a bare tensor or as the first of a tuple."""
@@ -113,8 +150,10 @@ class LayerRunner:
             raise _Recorded
 
         hook = self._layers[0].register_forward_hook(note)
+        first = {f"{self._names[0]}.{name}": tensor for name, tensor in self._of_layer(0).items()}
         try:
-            self._forward(ids, self._cast(self._named_in_model(self._layers[0])))
+            with torch.no_grad():
+                self._forward(ids, {**self._outside(), **first})
         finally:
             hook.remove()
         if isinstance(outputs[0], tuple):
@@ -122,19 +161,38 @@ class LayerRunner:
             return lambda hidden: (hidden, *rest)
         return lambda hidden: hidden
 
-    def _forward(self, ids: Tensor, more: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        inputs = {"input_ids": ids.to(self._model.device), "use_cache": False}
-        with torch.no_grad(), suppress(_Recorded):
-            functional_call(self._model, {**self._outside, **more}, (), inputs)
+    def _forward(self, ids: Tensor, parameters: Mapping[str, Tensor]) -> Any:
+        """What the model gives; None where a stand-in has ended its forward pass."""
+        inputs = {"input_ids": ids.to(self._device), "use_cache": False}
+        with suppress(_Recorded):
+            return functional_call(self._model, dict(parameters), (), inputs)
+        return None
 
-    def _cast(self, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Those float parameters that have another dtype than the computation, in that dtype."""
-        dtype = self._compute_dtype
-        return {name: p.to(dtype) for name, p in parameters if p.is_floating_point() and p.dtype != dtype}
+    def _outside(self) -> dict[str, Tensor]:
+        """The parameters outside of the layers, as they are computed with."""
+        within = tuple(f"{name}." for name in self._names)
+        outside = ((name, p) for name, p in self._model.named_parameters() if not name.startswith(within))
+        return self._values(outside)
 
-    def _named_in_model(self, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        wanted = {id(parameter) for parameter in layer.parameters()}
-        return ((name, p) for name, p in self._model.named_parameters() if id(p) in wanted)
+    def _of_layer(self, index: int) -> dict[str, Tensor]:
+        """Those of a layer, by their names in it."""
+        prefix = f"{self._names[index]}."
+        named = ((prefix + name, p) for name, p in self._layers[index].named_parameters())
+        return {name.removeprefix(prefix): tensor for name, tensor in self._values(named).items()}
+
+    def _values(self, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Of parameters by their names in the model, those that are not the model's own as it is: cast, or read."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in parameters:
+            value = parameter
+            if parameter.is_meta:
+                assert self._weights is not None
+                value = self._weights.read(name).to(self._device)
+            if value.is_floating_point():
+                value = value.to(self._compute_dtype)
+            if value is not parameter:
+                found[name] = value
+        return found
 
     @contextmanager
     def _standing_in(self, forwards: Sequence[Callable[..., Any] | None]) -> Iterator[None]:
@@ -153,6 +211,12 @@ class LayerRunner:
                     del layer.__dict__["forward"]
                 else:
                     layer.__dict__["forward"] = own
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where it computes: of a model without weights that of its buffers."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
 def _positional(forward: Callable[..., Any]) -> Callable[..., Any]:

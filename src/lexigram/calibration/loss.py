@@ -34,6 +34,11 @@ def summed_loss(
     }
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
         logits = functional_call(model, parameters, (), {"input_ids": tokens, "use_cache": False}).logits
+    return next_token_loss(logits, tokens)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of logits (sequences, length, vocabulary) and ids (sequences, length): see `summed_loss`."""
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
     )

@@ -24,7 +24,18 @@ class GramStore:
     def update(self, grams: Mapping[str, Gram]) -> None:
         """Keep Grams by their sites' names; a file appears whole or not at all."""
         for site, gram in grams.items():
-            self._files.put(site, {"matrix": gram.matrix}, {"tokens": str(gram.tokens)})
+            cross = {} if gram.cross is None else {"cross": gram.cross}
+            self._files.put(site, {"matrix": gram.matrix, **cross}, {"tokens": str(gram.tokens)})
+
+    def forget(self) -> None:
+        """Keep no Gram in memory, nor what was computed from it."""
+        self._latest = {}
+
+    def drop(self, sites: Iterable[str]) -> None:
+        """Remove the Grams of sites that nothing needs any more."""
+        for site in sites:
+            self._latest.pop(site, None)
+            self._files.remove(site)
 
     @contextmanager
     def using(self, sites: Iterable[str]) -> Iterator[dict[str, Gram]]:
@@ -42,13 +53,17 @@ class GramStore:
         with self._files.writing():
             (self.folder / _COMPLETE).write_text(json.dumps(sorted(set(sites))), encoding="utf-8")
 
+    def missing(self, sites: Iterable[str]) -> set[str]:
+        """Those of `sites` whose Grams are not here: of a calibration that ended early, the others stay."""
+        return {site for site in sites if not self._files.has(site)}
+
     def holds(self, sites: Iterable[str]) -> bool:
         """Whether the folder is sealed and has the Grams of all `sites`."""
-        return (self.folder / _COMPLETE).is_file() and all(self._files.has(site) for site in sites)
+        return (self.folder / _COMPLETE).is_file() and not self.missing(sites)
 
     def _read(self, site: str) -> Gram:
         tensors, metadata = self._files.get(site)
         try:
-            return Gram(tensors["matrix"], int(metadata["tokens"]))
+            return Gram(tensors["matrix"], int(metadata["tokens"]), tensors.get("cross"))
         except (KeyError, ValueError) as error:
             raise self._files.damaged(site, error) from error

@@ -1,19 +1,26 @@
 """`lexigram compress`: a model into a folder."""
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from lexigram.cli.recipes import takes_recipe
-from lexigram.cli.screen import console, errors, say
+from lexigram.cli.screen import console, errors, say, tell
+from lexigram.memory import parsed
 from lexigram.pipeline import compress as run_compress
 from lexigram.planning import plan as make_plan
 from lexigram.progress import drawing
 from lexigram.recipe import Recipe
 from lexigram.reporting import tables
+from lexigram.runfolder import run_folder
 from lexigram.shown import CALIBRATION, MACHINE
 from lexigram.staging import check_target
+from lexigram.workers import Backend, Workers
+
+BackendName = Enum("BackendName", {name: name for name in get_args(Backend)}, type=str)  # type: ignore[misc]
+_HERE = BackendName("loky")
 
 EXAMPLES = (
     "lexigram compress demo --out smaller --calibration demo",
@@ -44,6 +51,48 @@ def compress(
             rich_help_panel=MACHINE,
         ),
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar="",
+            help="Go on with a run that was ended early, from OUT.unfinished; the result is the same.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Matrices that are fitted at once, each by a process with one thread; the result is the same. "
+            "[default: one a core, for models worth it]",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    backend: Annotated[
+        BackendName,
+        typer.Option(
+            metavar="|".join(BackendName),
+            help="Where the workers are: on this machine, or on a running Ray or Dask cluster.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = _HERE,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Of the cluster; else that in RAY_ADDRESS or DASK_SCHEDULER_ADDRESS.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Take no more memory than this, such as 4GiB; refused where it cannot be kept.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Print the plan and stop.", rich_help_panel=MACHINE)
     ] = False,
@@ -54,7 +103,8 @@ def compress(
     """
     if not dry_run:
         check_target(out, overwrite=overwrite)
-    prepared = make_plan(recipe, cache=cache)
+    limit = None if max_ram is None else parsed(max_ram)
+    prepared = make_plan(recipe, cache=cache, workers=workers, max_ram=limit)
     console.print(tables.plan_table(prepared))
     say(
         f"about {tables.size(prepared.memory_bytes)} of memory, {tables.size(prepared.disk_bytes)} on disk; "
@@ -62,8 +112,17 @@ def compress(
     )
     if dry_run:
         return
-    with drawing(errors) as bars:
-        record = run_compress(recipe, out, overwrite=overwrite, progress=bars, prepared=prepared)
+    pool = Workers(prepared.way.workers, backend.value, address)
+    try:
+        with drawing(errors) as bars:
+            record = run_compress(
+                recipe, out, overwrite=overwrite, progress=bars, prepared=prepared, resume=resume, workers=pool
+            )
+    except KeyboardInterrupt:
+        folder = run_folder(out)
+        if folder.is_dir():
+            tell(f"what is finished lies in {folder}; give the same command with --resume to go on")
+        raise
     console.print(tables.bytes_table(record))
     say(
         f"{out}: {tables.size(record.model_bytes_before)} -> {tables.size(record.model_bytes_after)}, mean output error "

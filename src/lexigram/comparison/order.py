@@ -179,7 +179,7 @@ def _row(
             if seed not in samples:
                 samples[seed] = sampled(planned, planned.source.model(planned.device), progress)
             planned = replace(planned, tokens=samples[seed])
-        compress(job.recipe, folder, overwrite=prepared.overwrite, progress=progress, prepared=planned)
+        compress(job.recipe, folder, overwrite=prepared.overwrite, progress=progress, prepared=planned, resume=True)
     run = read_json(folder / RUN_FILE)
     reading = prepared.reading
     model, tokenizer = open_model(str(folder), device=reading.device, dtype=reading.dtype)

@@ -92,6 +92,11 @@ _VERSION = 1
 """Of what `decompose` makes of a weight and these fields, and of the names of its tensors: a number for each."""
 
 
+def needs_model(config: MethodConfig) -> bool:
+    """Whether the choice among the parts tries whole models out."""
+    return isinstance(config, CapConfig) and config.passes > 0
+
+
 def decomposition_key(config: CapConfig) -> str:
     """What decides the parts of a weight besides the weight, in one line."""
     return f"cap {_VERSION} " + config.model_dump_json(include=set(DECOMPOSING))

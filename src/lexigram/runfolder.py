@@ -1,0 +1,234 @@
+"""What an unfinished run has on disk, so that another process can go on with it: whose it is, and every fitted unit.
+
+The folder lies beside the output and goes away when that is complete. Each unit's factors are a file that is named by the hash
+of its content; the manifest, which is replaced as a whole, lists them. Whatever a kill leaves behind besides is removed.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from lexigram.allocation.units import Allocation, Unit
+from lexigram.calibration.tokens import TokenSequences
+from lexigram.errors import LexigramError
+from lexigram.headers import file_sha256, read_metadata
+from lexigram.records import UnitRecord
+from lexigram.shards import Entry, FileTensor, file_tensors, write_tensors
+from lexigram.staging import REPLACED
+
+MANIFEST = "manifest.json"
+_TOKENS = "tokens.safetensors"
+_LOCK = "lock"
+
+
+class Manifest(BaseModel):
+    """The content of the file of that name.
+
+    `identity` is everything that decides the bytes of the result, by name; `allocation` what was decided, where the Grams had
+    to decide; `units` the SHA-256 of every fitted unit's file by the unit's key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    identity: dict[str, str]
+    allocation: Allocation | None = None
+    units: dict[str, str] = {}
+
+
+class RunFolder:
+    """The folder of a run that this process holds the lock of; made by `opened`."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self._manifest = manifest
+        self._objects = folder / "objects"
+        self._objects.mkdir(exist_ok=True)
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """What the Grams decided, where they had to and have."""
+        return self._manifest.allocation
+
+    def decide(self, allocation: Allocation) -> None:
+        """Keep what the Grams decided."""
+        self._replace(self._manifest.model_copy(update={"allocation": allocation}))
+
+    @property
+    def tokens(self) -> TokenSequences | None:
+        """The calibration that was sampled from the model, where it was."""
+        file = self.folder / _TOKENS
+        if not file.is_file():
+            return None
+        return TokenSequences(file_tensors(file)["ids"].read(), read_metadata(file)["source"])
+
+    def keep_tokens(self, tokens: TokenSequences) -> None:
+        """Keep what was sampled from the model, which takes long."""
+        partial = self.folder / f"{_TOKENS}.partial"
+        with writing(self.folder):
+            write_tensors(partial, {"ids": _entry(tokens.ids)}, {"source": tokens.source})
+            partial.replace(self.folder / _TOKENS)
+
+    def temporary(self, name: str) -> Path:
+        """A folder for what is of no use to another run."""
+        return self.folder / f".{name}"
+
+    def tidy(self) -> None:
+        """Remove what is of no use to another run, and what a kill left half-written."""
+        hidden = [path for path in self.folder.glob(".*") if REPLACED not in path.name]
+        for path in [*hidden, *self.folder.rglob("*partial")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether anything is here that another run need not do again."""
+        return any(path.is_file() and path.name not in (MANIFEST, _LOCK) for path in self.folder.rglob("*"))
+
+    def has(self, unit: Unit) -> bool:
+        """Whether the unit's factors are here, undamaged: their hash is computed."""
+        wanted = self._manifest.units.get(key(unit))
+        return wanted is not None and _hash(self._file(wanted)) == wanted
+
+    def put(self, unit: Unit, tensors: Mapping[str, Tensor], record: UnitRecord) -> None:
+        """Keep the factors of a unit, by their names in the result."""
+        partial = self._objects / "partial"
+        with writing(self.folder):
+            entries = {name: _entry(tensor) for name, tensor in tensors.items()}
+            write_tensors(partial, entries, {"record": record.model_dump_json()})
+            _flush(partial)
+            digest = file_sha256(partial)
+            partial.replace(self._file(digest))
+        self._replace(self._manifest.model_copy(update={"units": {**self._manifest.units, key(unit): digest}}))
+
+    def get(self, unit: Unit) -> tuple[dict[str, FileTensor], UnitRecord]:
+        """Where the factors of a unit lie, and its record.
+
+        Raises:
+            LexigramError: where the file is damaged.
+        """
+        file = self._file(self._manifest.units[key(unit)])
+        try:
+            return file_tensors(file), UnitRecord.model_validate_json(read_metadata(file).get("record", ""))
+        except ValidationError as error:
+            raise LexigramError(f"{file} is damaged; delete {self.folder} and run again") from error
+
+    def _file(self, digest: str) -> Path:
+        return self._objects / f"{digest}.safetensors"
+
+    def _replace(self, manifest: Manifest) -> None:
+        _write(self.folder, manifest)
+        self._manifest = manifest
+
+
+def run_folder(out: Path) -> Path:
+    """Where the run that is to become `out` has its folder."""
+    return out.with_name(f"{out.name}.unfinished") if out.name else out / ".unfinished"
+
+
+@contextmanager
+def opened(out: Path, identity: Mapping[str, str], *, resume: bool) -> Iterator[RunFolder]:
+    """The folder of the run that is to become `out`, locked.
+
+    It goes away when the context ends well, and when it does not and nothing that takes long was finished.
+
+    Raises:
+        LexigramError: where another process has the folder; where there is an unfinished run and `resume` is not asked for;
+            where that run was of something else, with the first difference named; where the folder cannot be written.
+    """
+    folder = run_folder(Path(os.path.abspath(out)))
+    made = [place for place in folder.parents if not place.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            run = RunFolder(folder, _manifest(folder, dict(identity), resume=resume))
+            run.tidy()
+            try:
+                yield run
+            except BaseException:
+                run.tidy()
+                if not run.worth_keeping:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    for place in made:
+                        with suppress(OSError):
+                            place.rmdir()
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+    except Timeout as error:
+        raise LexigramError(f"another run works on {folder}; wait for it, or name another output folder") from error
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what can go wrong with a disk into a LexigramError."""
+    try:
+        yield
+    except OSError as error:
+        raise LexigramError(
+            f"{folder} cannot be written: {error.strerror or error}; free some space and go on with --resume"
+        ) from error
+
+
+def key(unit: Unit) -> str:
+    """What a unit is known by: its members, its method and its form."""
+    return hashlib.sha256(unit.model_dump_json().encode()).hexdigest()
+
+
+def _manifest(folder: Path, identity: dict[str, str], *, resume: bool) -> Manifest:
+    file = folder / MANIFEST
+    if not file.is_file():
+        manifest = Manifest(identity=identity)
+        _write(folder, manifest)
+        return manifest
+    try:
+        found = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LexigramError(f"{file} cannot be read; delete {folder} and run again") from error
+    if not resume:
+        raise LexigramError(
+            f"{folder} holds an unfinished run of {len(found.units)} fitted matrices or groups; go on with --resume, or delete "
+            "it"
+        )
+    for name in [*identity, *found.identity]:
+        before, now = found.identity.get(name, "nothing"), identity.get(name, "nothing")
+        if before != now:
+            raise LexigramError(
+                f"{folder} was begun with {name} {before}, and this run has {now}; run it as it was begun, or delete the folder"
+            )
+    return found
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    """In the place of an earlier one, as a whole."""
+    with writing(folder):
+        partial = folder / f"{MANIFEST}.partial"
+        partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        _flush(partial)
+        partial.replace(folder / MANIFEST)
+
+
+def _entry(tensor: Tensor) -> Entry:
+    return Entry(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+def _hash(file: Path) -> str | None:
+    """None where there is no such file."""
+    try:
+        return file_sha256(file)
+    except OSError:
+        return None
+
+
+def _flush(file: Path) -> None:
+    """What was written is to outlive a power cut."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
