@@ -491,8 +491,7 @@ def test_dask_gives_the_same_bytes_from_two_nodes(here: dict[str, Made], dask_cl
     with Workers(2, "dask", dask_cluster) as pool:
         found = {made.name: made for made in pool.run(fit_task, fit_tasks())}
         check_same_bytes(found, here)
-        assert str(os.getpid()) not in {made.where for made in found.values()}
-        assert len(set(pool.run(meet, [(tmp_path, 2)] * 2))) == 2, "both at work at once"
+        assert len({made.where for made in found.values()} - {str(os.getpid())}) == 2
         check_memory_and_stop(pool, 2 + AHEAD)
         with pytest.raises(LexigramError, match="the weight is odd"):
             list(pool.run(refused, [0, 1]))

@@ -20,6 +20,7 @@ from lexigram.reporting.heat_maps import plot_redundancy
 from lexigram.source import Source
 from lexigram.transformers_io import export_dense, load
 from lexigram.verification import Verification, verify
+from lexigram.workers import Workers
 
 __version__ = version("lexigram")
 
@@ -38,6 +39,7 @@ __all__ = [
     "Source",
     "SvdConfig",
     "Verification",
+    "Workers",
     "compare",
     "compress",
     "evaluate",

@@ -39,7 +39,9 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        raise LexigramError(f"{file} cannot be written: {error.strerror or error}; name another file") from error
+        raise LexigramError(
+            f"{file} cannot be written: {error.strerror or error}; free some space, or name another file"
+        ) from error
 
 
 def read_json(file: Path, *, finite: bool = True, remedy: str = "name what lexigram wrote") -> dict[str, Any]:

@@ -224,7 +224,7 @@ def _hash(file: Path) -> str | None:
     """None where there is no such file."""
     try:
         return file_sha256(file)
-    except OSError:
+    except LexigramError:
         return None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class LayerRunner:
         self._layers = list(layers)
         self._compute_dtype = compute_dtype
         self._weights = weights
+        self._in_use: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self._keep = keep
         self._device = _device_of(model)
         names = {id(module): name for name, module in model.named_modules()}
@@ -184,15 +186,22 @@ class LayerRunner:
         """Of parameters by their names in the model, those that are not the model's own as it is: cast, or read."""
         found: dict[str, Tensor] = {}
         for name, parameter in parameters:
-            value = parameter
-            if parameter.is_meta:
-                assert self._weights is not None
-                value = self._weights.read(name).to(self._device)
-            if value.is_floating_point():
-                value = value.to(self._compute_dtype)
+            value = self._read(name) if parameter.is_meta else self._cast(parameter)
             if value is not parameter:
                 found[name] = value
         return found
+
+    def _read(self, name: str) -> Tensor:
+        """A parameter that the model has not; what another stream holds already is not read again."""
+        value = self._in_use.get(name)
+        if value is None:
+            assert self._weights is not None
+            value = self._cast(self._weights.read(name).to(self._device))
+            self._in_use[name] = value
+        return value
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self._compute_dtype) if value.is_floating_point() else value
 
     @contextmanager
     def _standing_in(self, forwards: Sequence[Callable[..., Any] | None]) -> Iterator[None]:

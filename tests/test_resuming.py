@@ -1,0 +1,375 @@
+"""Runs that end early: killed, interrupted, out of disk, and gone on with. The oracle is an uninterrupted run's bytes."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lexigram
+from conftest import toy_folder
+from lexigram import LexigramError, Recipe, fitting
+from lexigram.allocation.units import Unit
+from lexigram.methods import Fitted, fit_group
+from lexigram.runfolder import MANIFEST, opened, run_folder
+
+WEIGHTS = "lexigram.safetensors"
+Build = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_folder(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def recipe(toy: Path, words: Path) -> Build:
+    """A run of 14 units that takes a moment."""
+
+    def build(**changes: Any) -> Recipe:
+        calibration = {"text": [str(words)], "sequences": 4, "length": 32, **changes.pop("calibration", {})}
+        settings = {"model": str(toy), "method": {"name": "svd"}, "device": "cpu", "compute_dtype": "float32"}
+        return Recipe.parse({**settings, **changes, "calibration": calibration})
+
+    return build
+
+
+def digest(out: Path) -> str:
+    return hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def wanted(recipe: Build, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What uninterrupted runs come to, by the name of their settings."""
+    found = {}
+    for name, settings in WAYS.items():
+        out = tmp_path_factory.mktemp("whole") / "out"
+        lexigram.compress(recipe(**settings), out)
+        found[name] = digest(out)
+    return found
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "streamed": {},
+    "knapsack": {"allocation": "knapsack", "ratio": 0.4},
+    "sequential": {"sequential": True},
+    "groups": {"method": {"name": "cospadi", "iterations": 2}, "group": 2},
+    "cap": {"method": {"name": "cap", "iterations": 20, "batch": 2, "passes": 1}, "ratio": 0.4},
+}
+
+
+class Stop(Exception):  # noqa: N818 - it stands for whatever ends a process
+    """A run's end."""
+
+
+class StopAt:
+    """Progress that ends the run at the n-th step of all."""
+
+    def __init__(self, at: int, act: Callable[[], None]) -> None:
+        self.left, self.act = at, act
+
+    @contextmanager
+    def stage(self, _name: str, total: int) -> Iterator[Callable[[], None]]:
+        yield self.step
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+
+
+def fail() -> None:
+    raise Stop
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_ended_anywhere_ends_in_the_same_bytes(
+    way: str, recipe: Build, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    """It is ended again and again, at random steps; reading the weights takes the first 21."""
+    out, draw, ends = tmp_path / "out", random.Random(way), 0
+    while True:
+        at = draw.randint(22, 36) if ends < 4 else draw.randint(1, 90)
+        try:
+            lexigram.compress(recipe(**WAYS[way]), out, resume=True, progress=StopAt(at, fail))
+            break
+        except Stop:
+            ends += 1
+            assert not out.exists()
+            assert ends < 40
+    assert ends >= 4
+    assert digest(out) == wanted[way]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_unit_is_fitted_twice(recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[tuple[str, ...]] = []
+
+    def note(task: fitting.Task) -> tuple[Unit, Fitted]:
+        fitted.append(task.unit.members)
+        return fitting.fitted(task)
+
+    monkeypatch.setattr("lexigram.pipeline.fitted", note)
+    for at in (27, 33, 1000):  # 21 tensors are read first
+        try:
+            lexigram.compress(recipe(), tmp_path / "out", resume=True, progress=StopAt(at, fail))
+        except Stop:
+            assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out").is_dir()
+    assert len(fitted) == len(set(fitted)) == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"ratio": 0.5}, r"was begun with ratio 0\.2, and this run has 0\.5"),
+        ({"seed": 3}, "was begun with seed 42, and this run has 3"),
+        ({"dtype": "float32"}, "was begun with dtype bfloat16, and this run has float32"),
+        ({"method": {"name": "wanda"}}, "was begun with the method's name svd, and this run has wanda"),
+        ({"method": {"name": "svd", "value_bits": 8}}, "was begun with the method's value_bits"),
+        ({"calibration": {"seed": 1}}, "was begun with the calibration [0-9a-f]{64}, and this run has [0-9a-f]{64}"),
+        ({"compute_dtype": "bfloat16"}, "was begun with a forward pass in float32, and this run has bfloat16"),
+        ({"exclude": ["down_proj"]}, "was begun with exclude"),
+    ],
+    ids=str,
+)
+def test_a_run_of_something_else_is_refused_with_the_difference(
+    changes: dict[str, Any], says: str, recipe: Build, tmp_path: Path
+) -> None:
+    with pytest.raises(Stop):
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27, fail))
+    before = (tmp_path / "out.unfinished" / MANIFEST).read_bytes()
+    with pytest.raises(LexigramError, match=f"out.unfinished {says}"):
+        lexigram.compress(recipe(**changes), tmp_path / "out", resume=True)
+    assert (tmp_path / "out.unfinished" / MANIFEST).read_bytes() == before, "and nothing is lost"
+
+
+def test_other_weights_and_other_versions_are_refused(
+    recipe: Build, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(toy, tmp_path / "model")
+    with pytest.raises(Stop):
+        lexigram.compress(recipe(model=str(other)), tmp_path / "out", progress=StopAt(27, fail))
+    lexigram.compress(recipe(model=str(toy)), tmp_path / "out", resume=True)  # the same model elsewhere
+    with pytest.raises(Stop):
+        lexigram.compress(recipe(model=str(other)), tmp_path / "next", progress=StopAt(27, fail))
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    (other / "model.safetensors").write_bytes(content)
+    with pytest.raises(LexigramError, match=r"was begun with the model [0-9a-f]{64}, and this run has"):
+        lexigram.compress(recipe(model=str(other)), tmp_path / "next", resume=True)
+    found = lexigram.pipeline.versions()
+    monkeypatch.setattr("lexigram.pipeline.versions", lambda: {**found, "torch": "0.1"})
+    with pytest.raises(LexigramError, match=r"was begun with the version of torch .*, and this run has 0\.1"):
+        lexigram.compress(recipe(model=str(toy)), tmp_path / "next", resume=True)
+
+
+def test_without_resume_an_unfinished_run_is_left_alone(recipe: Build, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27, fail))
+    with pytest.raises(
+        LexigramError, match=r"holds an unfinished run of \d+ fitted .*; go on with --resume, or delete"
+    ):
+        lexigram.compress(recipe(), tmp_path / "out")
+
+
+def test_resume_without_anything_to_go_on_with_is_a_run(recipe: Build, wanted: dict[str, str], tmp_path: Path) -> None:
+    lexigram.compress(recipe(), tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == wanted["streamed"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone", "empty"])
+def test_a_damaged_unit_is_fitted_again(damage: str, recipe: Build, wanted: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(30, fail))
+    file = sorted((tmp_path / "out.unfinished" / "objects").iterdir())[0]
+    content = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    elif damage == "flipped":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[: -5 if damage == "truncated" else 0])
+    lexigram.compress(recipe(), tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == wanted["streamed"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b'{"identity": 3}', b"[]"])
+def test_a_damaged_manifest_is_named(content: bytes, recipe: Build, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27, fail))
+    (tmp_path / "out.unfinished" / MANIFEST).write_bytes(content)
+    with pytest.raises(LexigramError, match=r"manifest\.json cannot be read; delete .*out\.unfinished and run again"):
+        lexigram.compress(recipe(), tmp_path / "out", resume=True)
+
+
+def test_two_runs_on_one_folder(recipe: Build, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27, fail))
+    manifest = json.loads((tmp_path / "out.unfinished" / MANIFEST).read_text())
+    with (
+        opened(tmp_path / "out", manifest["identity"], resume=True),
+        pytest.raises(LexigramError, match=r"another run works on .*out\.unfinished; wait for it"),
+    ):
+        lexigram.compress(recipe(), tmp_path / "out", resume=True)
+
+
+def test_ctrl_c_finishes_the_matrix(
+    recipe: Build, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes in the middle of the fifth fit; five units are on disk then, and a second one does not wait."""
+    calls: list[int] = []
+
+    def interrupted(*args: Any) -> Fitted:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return fit_group(*args)
+
+    monkeypatch.setattr(signal, "default_int_handler", signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests run in the background
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr("lexigram.fitting.fit_group", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                lexigram.compress(recipe(), tmp_path / "out")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        manifest = json.loads((tmp_path / "out.unfinished" / MANIFEST).read_text())
+        assert len(manifest["units"]) == len(calls) == 5
+
+        def twice(*_args: Any) -> Fitted:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("it went on")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("lexigram.fitting.fit_group", twice)
+            with pytest.raises(KeyboardInterrupt):
+                lexigram.compress(recipe(), tmp_path / "out", resume=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    lexigram.compress(recipe(), tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == wanted["streamed"]
+
+
+def test_workers_change_no_byte(recipe: Build, wanted: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(25, fail), workers=lexigram.Workers(2))
+    lexigram.compress(recipe(), tmp_path / "out", resume=True, workers=lexigram.Workers(2))
+    assert digest(tmp_path / "out") == wanted["streamed"]
+
+
+# ------------------------------------------------------------------------------------------------------------ real ends
+
+
+def slowly(wanted: Recipe, out: Path) -> None:
+    """A run in a process of its own, whose fits take a while."""
+    torch.set_num_threads(1)
+
+    def slow(*args: Any) -> Fitted:
+        time.sleep(0.05)
+        return fit_group(*args)
+
+    fitting.fit_group = slow  # type: ignore[attr-defined]
+    lexigram.compress(wanted, out, resume=True)
+
+
+def killed(recipe: Recipe, out: Path, kills: int, draw: random.Random) -> int:
+    """Kill a run so often, at random moments, and start it again; how many kills met a process at work."""
+    met = 0
+    context = get_context("fork")
+    for _ in range(kills):
+        process = context.Process(target=slowly, args=(recipe, out))
+        process.start()
+        count = _units(out)
+        deadline = time.monotonic() + draw.uniform(0.02, 0.6)
+        while time.monotonic() < deadline and process.is_alive() and _units(out) <= count:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.05))
+        met += process.is_alive()
+        process.kill()
+        process.join()
+    return met
+
+
+def _units(out: Path) -> int:
+    try:
+        return len(json.loads((run_folder(out) / MANIFEST).read_text())["units"])
+    except OSError:
+        return 0
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(kills: int, recipe: Build, wanted: dict[str, str], tmp_path: Path) -> None:
+    """The manifest is whole whenever it is read; in the end the bytes are those of a run that nobody killed."""
+    way = {"method": {"name": "svd"}, "include": ["q_proj", "k_proj"]} if kills < 10 else {}
+    met = killed(recipe(**way), tmp_path / "out", kills, random.Random(kills))
+    assert met >= 0.8 * kills
+    if not (tmp_path / "out").exists():
+        lexigram.compress(recipe(**way), tmp_path / "out", resume=True)
+    lexigram.compress(recipe(**way), tmp_path / "whole")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB of its own, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if sys.platform != "linux" or made.returncode:
+        pytest.skip("no file system can be mounted here: that takes Linux and root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("way", ["streamed", "knapsack", "groups"])
+def test_a_full_disk_at_random_points(
+    way: str, recipe: Build, wanted: dict[str, str], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fills up while the run goes on, again and again; what is finished is kept, and the run is gone on with."""
+    out, ballast, draw = small_disk / "out", small_disk / "ballast", random.Random(way)
+    monkeypatch.setattr("lexigram.planning._DESCRIPTIONS", 0)  # so that 4 MB are enough by the plan
+
+    def full() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+
+    ends: list[str] = []
+    while not out.exists() and len(ends) < 12:
+        at = draw.randint(18, 33) if not ends else draw.randint(18, 60)
+        try:
+            lexigram.compress(recipe(**WAYS[way]), out, resume=True, progress=StopAt(at, full))
+        except LexigramError as error:
+            ends.append(str(error))
+        finally:
+            ballast.unlink(missing_ok=True)
+    assert ends
+    for said in ends:
+        assert re.search("No space left|os error 28", said), said
+        assert "free some space" in said
+    if not out.exists():
+        lexigram.compress(recipe(**WAYS[way]), out, resume=True)
+    assert digest(out) == wanted[way]
+    assert [path.name for path in small_disk.iterdir()] == ["out"]
