@@ -296,10 +296,12 @@ def killed(recipe: Recipe, out: Path, kills: int, draw: random.Random) -> int:
         process = context.Process(target=slowly, args=(recipe, out))
         process.start()
         count = _units(out)
-        deadline = time.monotonic() + draw.uniform(0.02, 0.6)
-        while time.monotonic() < deadline and process.is_alive() and _units(out) <= count:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.05))
+        if draw.random() < 0.5:
+            time.sleep(draw.uniform(0, 0.5))
+        else:
+            while process.is_alive() and _units(out) <= count:
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.05))
         met += process.is_alive()
         process.kill()
         process.join()
@@ -314,9 +316,15 @@ def _units(out: Path) -> int:
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_kills_at_random_moments(kills: int, recipe: Build, wanted: dict[str, str], tmp_path: Path) -> None:
+def test_kills_at_random_moments(kills: int, recipe: Build, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The manifest is whole whenever it is read; in the end the bytes are those of a run that nobody killed."""
-    way = {"method": {"name": "svd"}, "include": ["q_proj", "k_proj"]} if kills < 10 else {}
+    way: dict[str, Any] = {"include": ["q_proj", "k_proj", "v_proj"]}
+    if kills > 10:  # 35 units
+        data = request.getfixturevalue("data")
+        way = {
+            "model": str(data / "stories260K"),
+            "calibration": {"text": [str(data / "tinystories" / "tinystories.txt")]},
+        }
     met = killed(recipe(**way), tmp_path / "out", kills, random.Random(kills))
     assert met >= 0.8 * kills
     if not (tmp_path / "out").exists():

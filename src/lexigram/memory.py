@@ -19,6 +19,8 @@ BATCH_TOKENS = 2048
 
 _WORKER = 420_000_000  # bytes of a worker process before it has anything to do
 _COMPUTING = 70_000_000  # bytes that libraries take for themselves once something is computed
+_GRAMS = 10  # a Gram, its factors and their inverses, and what an eigendecomposition works in
+_WEIGHTS = 10  # a weight in float32, its signals, factors and what methods keep beside them
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -70,7 +72,7 @@ class Needs:
             self.outside + self.largest + batch * self.hidden,
             self.layer + self.largest + batch * (self.hidden + self.activations) + self.grams + 3 * gram,
         )
-        fit = 7 * gram + 4 * 10 * self.weights * self.group
+        fit = _GRAMS * gram + 4 * _WEIGHTS * self.weights * self.group
         stages = {
             "read the weights": resident + self.largest,
             "calibrate": resident + _COMPUTING + hidden + forward,
