@@ -185,7 +185,7 @@ def matched_pairs(
 
 
 @dataclass(frozen=True)
-class _MeasureTask:
+class MeasureTask:
     """The weights (out, in) of a unit's members with the Grams of their inputs, to be sketched in every form of the method."""
 
     method: MethodConfig
@@ -195,7 +195,12 @@ class _MeasureTask:
     grams: list[Gram]
 
 
-def _measured_unit(task: _MeasureTask) -> Curves:
+def measure_task(plan: Plan, targets: list[Target], weights: list[Tensor], grams: list[Gram]) -> MeasureTask:
+    """What is to be measured of the matrices of one unit."""
+    return MeasureTask(plan.recipe.method, plan.recipe.seed, targets, weights, grams)
+
+
+def measured_unit(task: MeasureTask) -> Curves:
     """The curves of one unit, by every variant of the method, at the measured ratios."""
     members = [Member(weight, gram) for weight, gram in zip(task.weights, task.grams, strict=True)]
     outputs = {
@@ -220,18 +225,15 @@ def _measured(
     files = {tuple(names): folder / f"{_short_hash(names)}.json" for names in groups}
     found = {names: curves for names, file in files.items() if (curves := _read(file)) is not None}
 
-    def task(names: tuple[str, ...]) -> _MeasureTask:
+    def task(names: tuple[str, ...]) -> MeasureTask:
         members = [targets[name] for name in names]
         with store.using(target.site for target in members) as grams:
-            own = [weight(name) for name in names]
-            return _MeasureTask(
-                plan.recipe.method, plan.recipe.seed, members, own, [grams[target.site] for target in members]
-            )
+            return measure_task(plan, members, [weight(name) for name in names], [grams[t.site] for t in members])
 
     with progress.stage("measure the layers' curves", len(groups)) as step:
         for _ in found:
             step()
-        for curves in pool.run(_measured_unit, map(task, [names for names in files if names not in found])):
+        for curves in pool.run(measured_unit, map(task, [names for names in files if names not in found])):
             names = tuple(curves.outputs)
             write_json(files[names], curves.model_dump(mode="json"))
             found[names] = curves

@@ -78,6 +78,11 @@ class Plan:
         return {} if self.allocation is None else self.allocation.specs
 
     @property
+    def takes_long(self) -> bool:
+        """Whether there is enough to do for workers, and for telling beforehand how long it takes."""
+        return sum(target.weight_count for target in self.targets) >= _WORTH_WORKERS
+
+    @property
     def bytes_before(self) -> int:
         """Of the layers to compress, in bfloat16."""
         return sum(target.dense_bytes for target in self.targets)

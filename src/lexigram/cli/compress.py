@@ -6,16 +6,17 @@ from typing import Annotated, get_args
 
 import typer
 
+from lexigram.cli.arguments import Cache, Count, MaxRam
+from lexigram.cli.plan import planned, show_plan
 from lexigram.cli.recipes import takes_recipe
 from lexigram.cli.screen import console, errors, say, tell
-from lexigram.memory import parsed
+from lexigram.estimation import estimated_seconds
 from lexigram.pipeline import compress as run_compress
-from lexigram.planning import plan as make_plan
 from lexigram.progress import drawing
 from lexigram.recipe import Recipe
 from lexigram.reporting import tables
 from lexigram.runfolder import run_folder
-from lexigram.shown import CALIBRATION, MACHINE
+from lexigram.shown import MACHINE
 from lexigram.staging import check_target
 from lexigram.workers import Backend, Workers
 
@@ -35,13 +36,7 @@ EXAMPLES = (
 def compress(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears when it is complete.")],
     recipe: Recipe,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Keep what is measured on the text in this folder, for other runs on the same model and text.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
+    cache: Cache = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -60,15 +55,7 @@ def compress(
             rich_help_panel=MACHINE,
         ),
     ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Matrices that are fitted at once, each by a process with one thread; the result is the same. "
-            "[default: one a core, for models worth it]",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
+    workers: Count = None,
     backend: Annotated[
         BackendName,
         typer.Option(
@@ -85,14 +72,7 @@ def compress(
             rich_help_panel=MACHINE,
         ),
     ] = None,
-    max_ram: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Take no more memory than this, such as 4GiB; refused where it cannot be kept.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
+    max_ram: MaxRam = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Print the plan and stop.", rich_help_panel=MACHINE)
     ] = False,
@@ -103,15 +83,11 @@ def compress(
     """
     if not dry_run:
         check_target(out, overwrite=overwrite)
-    limit = None if max_ram is None else parsed(max_ram)
-    prepared = make_plan(recipe, cache=cache, workers=workers, max_ram=limit)
-    console.print(tables.plan_table(prepared))
-    say(
-        f"about {tables.size(prepared.memory_bytes)} of memory, {tables.size(prepared.disk_bytes)} on disk; "
-        f"device {prepared.device}, forward pass in {str(prepared.compute_dtype).removeprefix('torch.')}"
-    )
+    prepared = planned(recipe, cache, workers, max_ram)
     if dry_run:
+        show_plan(prepared, {})
         return
+    show_plan(prepared, estimated_seconds(prepared) if prepared.takes_long else {})
     pool = Workers(prepared.way.workers, backend.value, address)
     try:
         with drawing(errors) as bars:

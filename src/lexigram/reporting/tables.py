@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -56,6 +56,31 @@ def plan_table(plan: Plan) -> Table:
     )
     table.add_row("", "rest", "", plan.recipe.dtype, size(plan.uncompressed_bytes), size(plan.uncompressed_bytes))
     return table
+
+
+def stages_table(plan: Plan, seconds: Mapping[str, float]) -> Table:
+    """What every stage takes: the peak of memory, and the time where it is known."""
+    way = plan.way
+    how = f"{way.workers} worker{'s' * (way.workers > 1)}, {way.batch_tokens} tokens at once"
+    table = Table(title=how + (", hidden states in files" if way.spills else ""))
+    table.add_column("stage")
+    table.add_column("memory", justify="right")
+    table.add_column("time", justify="right")
+    for name in dict.fromkeys([*plan.memory, *seconds]):
+        peak = plan.memory.get(name)
+        told = f"about {duration(seconds[name])}" if name in seconds else ""
+        table.add_row(name, "" if peak is None else size(peak), told)
+    table.add_section()
+    total = f"about {duration(sum(seconds.values()))}" if seconds else ""
+    table.add_row("all", size(plan.memory_bytes), total)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _plan_title(plan: Plan) -> str:
