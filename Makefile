@@ -34,7 +34,7 @@ $(DEMO)/%.json: $(DEMO)/%/run.json
 	$(BIN)/lexigram eval $(DEMO)/$* $(EVAL) --reference demo --label $* --json $@
 
 $(DEMO)/%/run.json: $(VENV)/installed
-	$(BIN)/lexigram compress demo --method $* --ratio 0.5 --calibration demo --sequences 32 --out $(DEMO)/$* --overwrite
+	$(BIN)/lexigram compress demo --method $* --ratio 0.5 --calibration demo --sequences 32 --out $(DEMO)/$* --overwrite --resume
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
