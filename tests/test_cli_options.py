@@ -197,7 +197,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Reci
             found.append(settings)
             raise LexigramError("far enough")
 
-        monkeypatch.setattr(compressing, "make_plan", stop)
+        monkeypatch.setattr(compressing, "planned", stop)
         run("compress", "demo", "--out", tmp_path / "out", *args, monkeypatch=monkeypatch)
         assert found, "the recipe was refused"
         return found[0]
@@ -296,7 +296,7 @@ def test_an_option_of_another_method_is_refused_by_name(
     name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     option = OPTIONS[name]
-    monkeypatch.setattr(compressing, "make_plan", lambda *_args, **_options: pytest.fail("the option was taken"))
+    monkeypatch.setattr(compressing, "planned", lambda *_args, **_options: pytest.fail("the option was taken"))
     value = another(next(iter(option.fields.values())))
     args = [PARAMETERS[name].opts[0], *([] if isinstance(value, bool) else [value])]
     assert run("compress", "demo", "--out", tmp_path / "out", "-m", method, *args, monkeypatch=monkeypatch) == 1

@@ -16,6 +16,7 @@ from lexigram.calibration.layerwise import LayerRunner
 from lexigram.curves import measure_task, measured_unit
 from lexigram.fitting import FitTask, fitted
 from lexigram.gram import Gram
+from lexigram.memory import BATCH_TOKENS
 from lexigram.methods.base import chooses, decompose
 from lexigram.planning import SENSITIVITY_SEQUENCES, Plan
 from lexigram.recipe import KNAPSACK
@@ -47,7 +48,7 @@ def estimated_seconds(prepared: Plan) -> dict[str, float]:
         ids,
         compute_dtype=prepared.compute_dtype,
         weights=weights,
-        batch_tokens=prepared.way.batch_tokens,
+        device=prepared.device,
     )
     grams: dict[str, Gram] = {}
     a_layer = 0.0
@@ -107,7 +108,7 @@ def _smallest(prepared: Plan) -> list[Target]:
 
 def _some_tokens(prepared: Plan, vocabulary: int) -> torch.Tensor:
     """One batch of the calibration, or of any tokens where it is yet to be sampled."""
-    count = max(1, prepared.way.batch_tokens // prepared.length)
+    count = max(1, BATCH_TOKENS // prepared.length)
     if prepared.tokens is not None:
         return prepared.tokens.ids[:count]
     return torch.randint(0, vocabulary, (count, prepared.length), generator=torch.Generator().manual_seed(0))

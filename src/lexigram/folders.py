@@ -29,14 +29,15 @@ _CALLS_A_TENSOR = 1_000
 
 
 @contextmanager
-def opening(what: str, remedy: str = REMEDY) -> Iterator[None]:
+def opening(what: str, remedy: str = REMEDY, passing: type[Exception] = LexigramError) -> Iterator[None]:
     """Turn whatever goes wrong in a library that reads a folder into one sentence that begins with `what`.
 
-    A panic in a library written in Rust is no Exception; ends that the user or the system asked for pass.
+    A panic in a library written in Rust is no Exception; ends that the user or the system asked for pass, and what the caller
+    has a better sentence for.
     """
     try:
         yield
-    except (LexigramError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (LexigramError, KeyboardInterrupt, SystemExit, GeneratorExit, passing):
         raise
     except BaseException as error:
         raise LexigramError(f"{what}: {first_line(error)}; {remedy}") from error

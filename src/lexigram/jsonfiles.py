@@ -31,7 +31,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         LexigramError: where the file cannot be written.
     """
     text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")

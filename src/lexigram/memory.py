@@ -15,7 +15,7 @@ from pathlib import Path
 from lexigram.errors import LexigramError
 
 BATCH_TOKENS = 2048
-"""Tokens that are run through a layer at once, unless memory is short."""
+"""Tokens that are run through a layer at once."""
 
 _WORKER = 420_000_000  # bytes of a worker process before it has anything to do
 _COMPUTING = 70_000_000  # bytes that libraries take for themselves once something is computed
@@ -27,11 +27,10 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 @dataclass(frozen=True)
 class Way:
-    """How a run is carried out where memory decides; its bytes are the same for all `workers` and `spills`."""
+    """How a run is carried out where memory decides; its bytes are the same whatever it is."""
 
     workers: int = 1
     spills: bool = False
-    batch_tokens: int = BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Needs:
     computation, `layer` those of the largest layer; `hidden` the hidden states of one token, `activations` what a layer makes
     of one token besides; `logits` those of one token in float32. `width` and `weights` are the inputs and the number of weights
     of the largest matrix that is fitted; `group` is how many are fitted together; `grams` those of one layer. `whole` is the
-    whole model, where it is tried out, `held` that of weights that transformers has to convert, which stay.
+    whole model, where it is tried out, `held` that of weights that transformers has to convert, which stay, `compared` what
+    is kept of all layers at once where they are compared.
     """
 
     tokens: int
@@ -60,12 +60,19 @@ class Needs:
     grams: int
     whole: int = 0
     held: int = 0
+    compared: int = 0
     sensitivity_sequences: int = 0
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Of the hidden states that are in files at once, where they are."""
+        before_layers = self.sensitivity_sequences * self.length * (self.layers + 1)
+        return self.hidden * max(2 * self.tokens, before_layers)
 
     def stages(self, way: Way, resident: int) -> dict[str, int]:
         """The peak of every stage, of a process that takes `resident` bytes before it begins; of all processes together."""
         resident += self.held
-        batch = max(way.batch_tokens, self.length)
+        batch = max(BATCH_TOKENS, self.length)
         hidden = 0 if way.spills else self.tokens * self.hidden
         gram = 8 * self.width**2
         forward = max(
@@ -74,7 +81,7 @@ class Needs:
         )
         fit = _GRAMS * gram + 4 * _WEIGHTS * self.weights * self.group
         stages = {
-            "read the weights": resident + self.largest,
+            "read the weights": resident + 2 * self.largest,
             "calibrate": resident + _COMPUTING + hidden + forward,
             "fit": resident
             + _COMPUTING
@@ -83,28 +90,33 @@ class Needs:
             "save": resident + 2 * self.largest,
         }
         if self.sensitivity_sequences:
-            states = 0 if way.spills else self.sensitivity_sequences * self.length * self.hidden * (self.layers + 1)
+            sequences = self.sensitivity_sequences * self.length * self.hidden
+            states = sequences * (2 if way.spills else self.layers + 3)  # gradients are not spilled
             behind = self.outside + 4 * self.length * self.logits
             within = 2 * self.layer + 6 * self.length * self.activations
             stages["measure the loss"] = resident + states + max(behind, within)
         if self.whole:
             stages["try models out"] = resident + self.whole + 4 * self.length * self.logits
+        if self.compared:
+            stages["compare all layers"] = resident + _COMPUTING + self.compared
         return stages
 
 
-def chosen_way(needs: Needs, resident: int, workers: int, limit: int | None) -> tuple[Way, dict[str, int]]:
-    """The fastest way whose peak is within `limit` bytes, and the peak of every stage.
+def chosen_way(
+    needs: Needs, resident: int, workers: int, limit: int | None, peak: int = 0
+) -> tuple[Way, dict[str, int]]:
+    """The fastest way whose peak is within `limit` bytes, and the peak of every stage; `peak` is what was reached already.
 
     Raises:
         LexigramError: where none is, with the smallest limit that would do.
     """
     least: int | None = None
-    for way in _ways(needs, workers):
-        stages = needs.stages(way, resident)
-        peak = max(stages.values())
-        if limit is None or peak <= limit:
+    for way in _ways(workers):
+        stages = {"plan": peak, **needs.stages(way, resident)}
+        most = max(stages.values())
+        if limit is None or most <= limit:
             return way, stages
-        least = peak if least is None else min(least, peak)
+        least = most if least is None else min(least, most)
     worst = max(stages, key=lambda name: stages[name])
     raise LexigramError(
         f"a memory limit of {shown(limit or 0)} is too small: at least {shown(least or 0)} are needed, most to {worst}; give "
@@ -112,12 +124,11 @@ def chosen_way(needs: Needs, resident: int, workers: int, limit: int | None) -> 
     )
 
 
-def _ways(needs: Needs, workers: int) -> Iterator[Way]:
+def _ways(workers: int) -> Iterator[Way]:
     """From the fastest to the smallest."""
     yield Way(workers)
     for count in sorted({workers, *(2**power for power in range(8) if 2**power < workers)}, reverse=True):
         yield Way(count, spills=True)
-    yield Way(1, spills=True, batch_tokens=needs.length)
 
 
 def parsed(size: str) -> int:

@@ -37,8 +37,8 @@ from lexigram.methods.cap import needs_model
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
 from lexigram.recording import Ledger, run_record, unit_record
-from lexigram.records import RunRecord, Stopwatch, versions
-from lexigram.runfolder import RunFolder, opened
+from lexigram.records import RunRecord, Stopwatch, read_run, versions
+from lexigram.runfolder import RunFolder, finished, opened
 from lexigram.running import Silent, Stages, counted
 from lexigram.shards import FileTensor
 from lexigram.staging import RUN_FILE, check_target, staged
@@ -85,6 +85,8 @@ def compress(
         KeyboardInterrupt: after Ctrl-C; the matrix that was being fitted is finished first.
     """
     progress, watch, out = progress or Silent(), Stopwatch(), Path(out)
+    if resume and finished(out) and (record := read_run(out)).recipe == recipe.model_dump(mode="json"):
+        return record
     check_target(out, overwrite=overwrite)
     if prepared is not None:
         if prepared.recipe != recipe:
@@ -98,6 +100,7 @@ def compress(
         with progress.stage("read the weights", len(weights.entries)) as step:
             digests = checked(weights, prepared.targets, recipe.model, recipe.dtype, step)
     with opened(out, _identity(prepared, digests, frame), resume=resume) as run:
+        check_target(out, overwrite=overwrite)  # another run may have ended meanwhile
         tokens = prepared.tokens or run.tokens
         if tokens is None:
             with watch.stage("sample"):
@@ -119,6 +122,7 @@ def compress(
             (folder / ALLOCATION_FILE).write_text(allocation.model_dump_json(indent=1) + "\n", encoding="utf-8")
             record = run_record(folder, prepared, tokens, digests.targets, allocation, ledger, watch)
             (folder / RUN_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            run.complete(folder / RUN_FILE)
     return record
 
 
@@ -154,7 +158,7 @@ class _Work:
         self.prepared, self.frame, self.weights, self.digests = prepared, frame, weights, digests
         self.tokens, self.kept, self.pool, self.watch, self.progress = tokens, run, pool, watch, progress
         self.targets = {target.name: target for target in prepared.targets}
-        self.streaming: dict[str, Any] = {"weights": weights, "batch_tokens": prepared.way.batch_tokens}
+        self.streaming: dict[str, Any] = {"weights": weights, "device": prepared.device}
         if prepared.way.spills:
             self.streaming["keep"] = spilling(run.temporary("hidden"))
 
@@ -289,8 +293,8 @@ class _Work:
                 self.kept.put(unit, unit_tensors(unit, found), record)
                 for _ in unit.members:
                     step()
-            if interrupted():
-                raise KeyboardInterrupt
+        if interrupted():
+            raise KeyboardInterrupt
 
     def _task(self, store: GramStore, unit: Unit) -> Task:
         recipe, sites = self.prepared.recipe, [self.targets[name].site for name in unit.members]
@@ -305,8 +309,9 @@ class _Work:
         """In the cache under what decides its content, or with the run, where it goes away."""
         if cache is None:
             return self.kept.folder / kind
+        machine = (self.prepared.device.type, str(torch.get_num_threads()), *versions().values())
         model = model_sha256(self.digests, self.frame.config)
-        return cache / f"{kind}-{hashlib.sha256(' '.join([model, *decides]).encode()).hexdigest()[:16]}"
+        return cache / f"{kind}-{hashlib.sha256(' '.join([model, *machine, *decides]).encode()).hexdigest()[:16]}"
 
     def _modules(self, unit: Unit) -> dict[str, FactoredLinear]:
         """What stands for a unit's layers, by name, with factors that are on disk."""
@@ -369,6 +374,10 @@ def loaded(
     return factors
 
 
+def _short(allocation: Allocation | None) -> str:
+    return "made here" if allocation is None else hashlib.sha256(allocation.model_dump_json().encode()).hexdigest()
+
+
 def _identity(prepared: Plan, digests: Digests, frame: PreTrainedModel) -> dict[str, str]:
     """All that decides the bytes of a result, by the names that a message may give."""
     recipe = prepared.recipe
@@ -380,8 +389,7 @@ def _identity(prepared: Plan, digests: Digests, frame: PreTrainedModel) -> dict[
         "the calibration": calibration,
         **{key: str(value) for key, value in settings.items()},
         **{f"the method's {key}": str(value) for key, value in method.items()},
-        "the allocation": "made here" if prepared.allocation is None else prepared.allocation.model_dump_json(),
-        "tokens at once": str(prepared.way.batch_tokens),
+        "the allocation": _short(prepared.allocation),
         "the device": prepared.device.type,
         "a forward pass in": str(prepared.compute_dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),

@@ -43,6 +43,7 @@ _DEFAULT_LENGTH = 1024
 _DESCRIPTIONS = 20_000_000  # bytes on disk for tokenizer, configs and run.json
 _PARTS = 8  # bytes of disk for every weight that is split into parts: some 1.6 numbers of 4 bytes, and a byte of their support
 _SKETCHES = 8  # bytes of disk for every weight that a refinement makes sketches of: measured, some 4 forms in bfloat16
+_CANDIDATES = 14  # bytes of memory for every weight whose parts are chosen among: measured, some 1.6 parts a weight
 _WORTH_WORKERS = 20_000_000  # weights to compress
 
 
@@ -69,6 +70,8 @@ class Plan:
     """The peak of memory in every stage, in bytes, as it is predicted: of the workers too."""
     device: torch.device
     compute_dtype: torch.dtype
+    spilled_bytes: int
+    """Of hidden states that wait in files."""
     seconds: float
     """How long the planning took; reading and tokenising the text is most of it."""
 
@@ -106,13 +109,18 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """What the run will need on disk: the output with its descriptions, and Grams and parts that are kept meanwhile."""
-        widths = {target.site: target.shape[1] for target in self.targets}
-        kept = sum(8 * width**2 for width in widths.values()) if self.allocation is None and self.cache is None else 0
-        if self.allocation is None and chooses(self.recipe.method):
+        widths: dict[int | None, dict[str, int]] = {}
+        for target in self.targets:
+            widths.setdefault(target.layer, {})[target.site] = target.shape[1]
+        of_layers = [sum(8 * width**2 for width in sites.values()) for sites in widths.values()]
+        decided_by_grams = self.allocation is None
+        kept = (sum(of_layers) if self.cache is None else 0) if decided_by_grams else max(of_layers)
+        if decided_by_grams and chooses(self.recipe.method):
             kept += sum(_PARTS * target.weight_count for target in self.targets)
         if self.recipe.refine and self.cache is None:
             kept += sum(_SKETCHES * target.weight_count for target in self.targets)
-        return self.uncompressed_bytes + self.bytes_after + _DESCRIPTIONS + kept
+        # Factors are kept as soon as they are fitted, and once more in the result.
+        return self.uncompressed_bytes + 2 * self.bytes_after + _DESCRIPTIONS + kept + self.spilled_bytes
 
 
 def plan(
@@ -148,7 +156,7 @@ def plan(
     read = recipe.calibration.sequences * length, length
     needs = _needs(recipe, source, skeleton, targets, groups, read, compute_dtype)
     before = peak_memory_bytes()
-    way, memory = chosen_way(needs, resident_bytes(), workers or _default_workers(device, targets), max_ram)
+    way, memory = chosen_way(needs, resident_bytes(), workers or _default_workers(device, targets), max_ram, before)
     return Plan(
         recipe=recipe,
         source=source,
@@ -160,9 +168,10 @@ def plan(
         tokens=tokens,
         uncompressed_bytes=_uncompressed_bytes(recipe, skeleton, targets),
         way=way,
-        memory={"plan": before, **memory},
+        memory=memory,
         device=device,
         compute_dtype=compute_dtype,
+        spilled_bytes=needs.spilled_bytes if way.spills else 0,
         seconds=time.perf_counter() - start,
     )
 
@@ -272,6 +281,13 @@ def _uncompressed_bytes(recipe: Recipe, skeleton: PreTrainedModel, targets: list
     return count * getattr(torch, recipe.dtype).itemsize
 
 
+def _compared(recipe: Recipe, weights: int) -> int:
+    """What is kept of so many weights while all are looked at: signals in float32, or scores, probabilities and masks."""
+    if recipe.share == "matched":
+        return 4 * weights
+    return _CANDIDATES * weights if chooses(recipe.method) else 0
+
+
 def _needs(
     recipe: Recipe,
     source: Source,
@@ -283,7 +299,7 @@ def _needs(
 ) -> Needs:
     """The sizes that decide what is in memory; `tokens` are the calibration's, and those of a sequence."""
     config = skeleton.config.get_text_config()
-    stored = getattr(skeleton.config, "dtype", None) or torch.float32
+    stored = source.dtype(skeleton.config)
     inside = tuple(f"{decoder_layers_name(skeleton)}.{index}." for index, _ in enumerate(decoder_layers(skeleton)))
     parameters = dict(skeleton.named_parameters())
     tied = set(skeleton.all_tied_weights_keys)
@@ -312,7 +328,8 @@ def _needs(
         group=max((len(names) for names in groups), default=1) if groups is not None else 2,
         grams=max(grams.values()) * (2 if recipe.sequential else 1),
         whole=tried * whole + drawn * 4 * sum(target.weight_count for target in targets),
-        held=whole if source.gguf is not None else 0,
+        held=0 if source.streams(skeleton) else whole,
+        compared=_compared(recipe, sum(target.weight_count for target in targets)),
         sensitivity_sequences=SENSITIVITY_SEQUENCES
         if recipe.allocation == KNAPSACK and recipe.measure == "loss"
         else 0,

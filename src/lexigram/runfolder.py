@@ -21,7 +21,7 @@ from lexigram.errors import LexigramError
 from lexigram.headers import file_sha256, read_metadata
 from lexigram.records import UnitRecord
 from lexigram.shards import Entry, FileTensor, file_tensors, write_tensors
-from lexigram.staging import REPLACED
+from lexigram.staging import REPLACED, RUN_FILE
 
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
@@ -32,13 +32,15 @@ class Manifest(BaseModel):
     """The content of the file of that name.
 
     `identity` is everything that decides the bytes of the result, by name; `allocation` what was decided, where the Grams had
-    to decide; `units` the SHA-256 of every fitted unit's file by the unit's key.
+    to decide; `units` the SHA-256 of every fitted unit's file by the unit's key; `result` that of the result's record, once
+    nothing is left but to put its folder in its place.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     identity: dict[str, str]
     allocation: Allocation | None = None
+    result: str | None = None
     units: dict[str, str] = {}
 
 
@@ -59,6 +61,10 @@ class RunFolder:
     def decide(self, allocation: Allocation) -> None:
         """Keep what the Grams decided."""
         self._replace(self._manifest.model_copy(update={"allocation": allocation}))
+
+    def complete(self, record: Path) -> None:
+        """Say that the result is complete but for its place; `record` is its file."""
+        self._replace(self._manifest.model_copy(update={"result": file_sha256(record)}))
 
     @property
     def tokens(self) -> TokenSequences | None:
@@ -81,17 +87,17 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what is of no use to another run, and what a kill left half-written."""
-        hidden = [path for path in self.folder.glob(".*") if REPLACED not in path.name]
-        for path in [*hidden, *self.folder.rglob("*partial")]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        for path in self.folder.glob(".*"):
+            if path.is_dir() and REPLACED not in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in [*self.folder.rglob("*partial"), *self.folder.rglob(".tmp*")]:
+            path.unlink(missing_ok=True)
 
     @property
     def worth_keeping(self) -> bool:
         """Whether anything is here that another run need not do again."""
-        return any(path.is_file() and path.name not in (MANIFEST, _LOCK) for path in self.folder.rglob("*"))
+        kept = (path for path in self.folder.rglob("*") if path.name not in (MANIFEST, _LOCK))
+        return self.allocation is not None or any(path.is_file() for path in kept)
 
     def has(self, unit: Unit) -> bool:
         """Whether the unit's factors are here, undamaged: their hash is computed."""
@@ -131,7 +137,22 @@ class RunFolder:
 
 def run_folder(out: Path) -> Path:
     """Where the run that is to become `out` has its folder."""
-    return out.with_name(f"{out.name}.unfinished") if out.name else out / ".unfinished"
+    out = Path(os.path.abspath(out))
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def finished(out: Path) -> bool:
+    """Whether the run that was to become `out` was ended when it had; what is left of its folder is then removed."""
+    folder, record = run_folder(out), out / RUN_FILE
+    if not folder.is_dir() or not record.is_file():
+        return False
+    if (folder / MANIFEST).is_file():
+        if _read(folder).result != file_sha256(record):
+            return False
+    elif any(path.name != _LOCK for path in folder.iterdir()):
+        return False
+    _remove(folder)
+    return True
 
 
 @contextmanager
@@ -144,27 +165,52 @@ def opened(out: Path, identity: Mapping[str, str], *, resume: bool) -> Iterator[
         LexigramError: where another process has the folder; where there is an unfinished run and `resume` is not asked for;
             where that run was of something else, with the first difference named; where the folder cannot be written.
     """
-    folder = run_folder(Path(os.path.abspath(out)))
+    folder = run_folder(out)
     made = [place for place in folder.parents if not place.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / _LOCK, timeout=0):
-            run = RunFolder(folder, _manifest(folder, dict(identity), resume=resume))
+    with _locked(folder):
+        run = RunFolder(folder, _manifest(folder, dict(identity), resume=resume))
+        run.tidy()
+        _restore(folder, out)
+        try:
+            yield run
+        except BaseException:
             run.tidy()
-            try:
-                yield run
-            except BaseException:
-                run.tidy()
-                if not run.worth_keeping:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    for place in made:
-                        with suppress(OSError):
-                            place.rmdir()
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
+            if not run.worth_keeping:
+                _remove(folder)
+                for place in made:
+                    with suppress(OSError):
+                        place.rmdir()
+            raise
+        _remove(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
     except Timeout as error:
         raise LexigramError(f"another run works on {folder}; wait for it, or name another output folder") from error
+    except OSError as error:
+        raise LexigramError(
+            f"{folder} cannot be locked: {error.strerror or error}; name another output folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove(folder: Path) -> None:
+    """The manifest last: while it is there, `finished` knows what the rest is."""
+    for path in [path for path in folder.iterdir() if path.name not in (MANIFEST, _LOCK)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -189,10 +235,7 @@ def _manifest(folder: Path, identity: dict[str, str], *, resume: bool) -> Manife
         manifest = Manifest(identity=identity)
         _write(folder, manifest)
         return manifest
-    try:
-        found = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LexigramError(f"{file} cannot be read; delete {folder} and run again") from error
+    found = _read(folder)
     if not resume:
         raise LexigramError(
             f"{folder} holds an unfinished run of {len(found.units)} fitted matrices or groups; go on with --resume, or delete "
@@ -205,6 +248,22 @@ def _manifest(folder: Path, identity: dict[str, str], *, resume: bool) -> Manife
                 f"{folder} was begun with {name} {before}, and this run has {now}; run it as it was begun, or delete the folder"
             )
     return found
+
+
+def _read(folder: Path) -> Manifest:
+    file = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LexigramError(f"{file} cannot be read; delete {folder} and run again") from error
+
+
+def _restore(folder: Path, out: Path) -> None:
+    """Put an earlier result back that was to be replaced when a run was ended."""
+    for place in folder.glob(f"*{REPLACED}*"):
+        if not out.exists() and (place / out.name).is_dir():
+            os.replace(place / out.name, out)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _write(folder: Path, manifest: Manifest) -> None:

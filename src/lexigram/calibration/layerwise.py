@@ -5,7 +5,7 @@ the layers stood in for, records the arguments; the layers are then replayed wit
 and full attention) work because every layer's arguments are its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
 from typing import Any
@@ -35,6 +35,7 @@ class LayerRunner:
         batch_tokens: int = 2048,
         compute_dtype: torch.dtype = torch.float32,
         weights: Weights | None = None,
+        device: torch.device | None = None,
         keep: Callable[[Tensor], Readable] = Held,
     ) -> None:
         """Record the arguments of every layer, up to the first layer's input.
@@ -46,6 +47,7 @@ class LayerRunner:
             batch_tokens: about how many tokens are run at once.
             compute_dtype: what the model runs in. Its own weights stay as they are: one layer at a time is cast.
             weights: what is read in the place of parameters on the meta device, one layer's at a time.
+            device: where it computes; by default where the model's tensors are.
             keep: where hidden states are between two layers: in memory, or in files.
         """
         self._model = model
@@ -54,14 +56,14 @@ class LayerRunner:
         self._weights = weights
         self._in_use: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self._keep = keep
-        self._device = _device_of(model)
+        self._device = device or _device_of(model)
         names = {id(module): name for name, module in model.named_modules()}
         self._names = [names[id(layer)] for layer in self._layers]
         self._batches = ids.split(max(1, batch_tokens // ids.shape[1]))
         self._wrap: Callable[[Tensor], Any] = self._learn_output(self._batches[0][:1])
         self._hidden: list[Readable] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        outside = self._outside()
+        outside = self._before_layers()
         for batch in self._batches:
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             inputs: list[Tensor] = []
@@ -89,7 +91,7 @@ class LayerRunner:
         for _ in self.steps(index):
             pass
 
-    def steps(self, index: int, *, advance: bool = True) -> Iterator[None]:
+    def steps(self, index: int, *, advance: bool = True) -> Generator[None]:
         """`run`, batch by batch; without `advance` the layer is run but the hidden states stay before it."""
         parameters = self._of_layer(index)
         for batch in range(len(self._batches)):
@@ -127,7 +129,7 @@ class LayerRunner:
         """How many decoder layers there are."""
         return len(self._layers)
 
-    def rest(self) -> Iterator[None]:
+    def rest(self) -> Generator[None]:
         """Run what comes after the last layer (final norm, lm_head) on its hidden states, batch by batch."""
         outside = self._outside()
         for batch, kept in zip(self._batches, self._hidden, strict=True):
@@ -155,7 +157,7 @@ class LayerRunner:
         first = {f"{self._names[0]}.{name}": tensor for name, tensor in self._of_layer(0).items()}
         try:
             with torch.no_grad():
-                self._forward(ids, {**self._outside(), **first})
+                self._forward(ids, {**self._before_layers(), **first})
         finally:
             hook.remove()
         if isinstance(outputs[0], tuple):
@@ -175,6 +177,16 @@ class LayerRunner:
         within = tuple(f"{name}." for name in self._names)
         outside = ((name, p) for name, p in self._model.named_parameters() if not name.startswith(within))
         return self._values(outside)
+
+    def _before_layers(self) -> dict[str, Tensor]:
+        """Those of them that a forward pass needs up to the last layer: an output embedding of its own may be the largest tensor."""
+        head = self._model.get_output_embeddings()
+        behind = {id(p) for p in head.parameters()} if head is not None else set()
+        embedding = self._model.get_input_embeddings()
+        behind -= {id(p) for p in embedding.parameters()} if embedding is not None else set()
+        within = tuple(f"{name}." for name in self._names)
+        named = self._model.named_parameters()
+        return self._values((name, p) for name, p in named if not name.startswith(within) and id(p) not in behind)
 
     def _of_layer(self, index: int) -> dict[str, Tensor]:
         """Those of a layer, by their names in it."""

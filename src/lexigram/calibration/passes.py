@@ -1,6 +1,7 @@
 """Grams of all input sites of a model, decoder layer by decoder layer; at any time only one layer's are made here."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def plain_grams(
         with collecting({name: model.get_submodule(name) for name in names}) as accumulators:
             for _ in steps():
                 pass
-        yield {name: accumulator.result(name) for name, accumulator in accumulators.items()}
+        # Taken out, so that they are not here while the layer is fitted.
+        yield {name: accumulators.pop(name).result(name) for name in list(accumulators)}
 
 
 def sequential_grams(
@@ -54,10 +56,8 @@ def sequential_grams(
                 for name in modules:
                     grams[name].add(seen[name])
                     crosses[name].add(before[name], seen[name])
-        yield {
-            name: Gram(plain.matrix, plain.tokens, cross=crosses[name].total)
-            for name, plain in ((name, accumulator.result(name)) for name, accumulator in grams.items())
-        }
+        ahead.close()  # with the layer's parameters, which nobody is to hold while it is fitted
+        yield {name: replace(grams.pop(name).result(name), cross=crosses.pop(name).total) for name in list(grams)}
         if index is not None:
             prefix.run(index)
 

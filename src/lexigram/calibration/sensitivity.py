@@ -52,7 +52,7 @@ def output_sensitivity(
         return hook
 
     runner = LayerRunner(
-        model, list(decoder_layers(model)), ids, compute_dtype=dtype, **{**options, "batch_tokens": ids.shape[1]}
+        model, list(decoder_layers(model)), ids, batch_tokens=ids.shape[1], compute_dtype=dtype, **options
     )
     before: list[LayerRunner] = []
     for index in range(runner.layers):

@@ -30,14 +30,17 @@ class Spilled:
                 file.write(raw(tensor.detach().cpu().contiguous()))
         except OSError as error:
             raise LexigramError(
-                f"{folder} cannot be written: {error.strerror or error}; free some space, or name another output folder"
+                f"{folder} cannot be written: {error.strerror or error}; free some space and go on with --resume"
             ) from error
 
     def read(self) -> Tensor:
         """The tensor as it was, on its device."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
-        with self._file.open("rb", buffering=0) as file:
-            fill(file, tensor)
+        try:
+            with self._file.open("rb", buffering=0) as file:
+                fill(file, tensor)
+        except OSError as error:
+            raise LexigramError(f"{self._file} cannot be read: {error.strerror or error}; run again") from error
         return tensor.to(self._device)
 
 

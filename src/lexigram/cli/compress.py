@@ -22,6 +22,8 @@ from lexigram.workers import Backend, Workers
 
 BackendName = Enum("BackendName", {name: name for name in get_args(Backend)}, type=str)  # type: ignore[misc]
 _HERE = BackendName("loky")
+_ON_A_CLUSTER = 2
+"""Workers, where nobody says how many: how large it is is not known here."""
 
 EXAMPLES = (
     "lexigram compress demo --out smaller --calibration demo",
@@ -83,12 +85,13 @@ def compress(
     """
     if not dry_run:
         check_target(out, overwrite=overwrite)
-    prepared = planned(recipe, cache, workers, max_ram)
+    here = backend is _HERE
+    prepared = planned(recipe, cache, workers if here else 1, max_ram)
     if dry_run:
         show_plan(prepared, {})
         return
     show_plan(prepared, estimated_seconds(prepared) if prepared.takes_long else {})
-    pool = Workers(prepared.way.workers, backend.value, address)
+    pool = Workers(prepared.way.workers if here else workers or _ON_A_CLUSTER, backend.value, address)
     try:
         with drawing(errors) as bars:
             record = run_compress(

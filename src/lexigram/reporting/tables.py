@@ -61,7 +61,7 @@ def plan_table(plan: Plan) -> Table:
 def stages_table(plan: Plan, seconds: Mapping[str, float]) -> Table:
     """What every stage takes: the peak of memory, and the time where it is known."""
     way = plan.way
-    how = f"{way.workers} worker{'s' * (way.workers > 1)}, {way.batch_tokens} tokens at once"
+    how = f"{way.workers} worker{'s' * (way.workers > 1)}"
     table = Table(title=how + (", hidden states in files" if way.spills else ""))
     table.add_column("stage")
     table.add_column("memory", justify="right")
