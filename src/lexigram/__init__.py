@@ -11,6 +11,7 @@ from lexigram.comparison.planning import ComparisonSettings
 from lexigram.comparison.table import Row
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate
+from lexigram.healing import heal
 from lexigram.methods import CospadiConfig, QuantizeConfig, SvdConfig
 from lexigram.pipeline import compress
 from lexigram.planning import Plan, plan
@@ -18,6 +19,7 @@ from lexigram.recipe import Calibration, Recipe
 from lexigram.records import RunRecord
 from lexigram.reporting.heat_maps import plot_redundancy
 from lexigram.source import Source
+from lexigram.training import HealingSettings
 from lexigram.transformers_io import export_dense, load
 from lexigram.verification import Verification, verify
 from lexigram.workers import Workers
@@ -30,6 +32,7 @@ __all__ = [
     "ComparisonSettings",
     "CospadiConfig",
     "Evaluation",
+    "HealingSettings",
     "LexigramError",
     "Plan",
     "QuantizeConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export_dense",
+    "heal",
     "load",
     "plan",
     "plot_redundancy",

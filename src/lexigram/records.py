@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -87,6 +87,46 @@ class UnitRecord(_Part):
     shared: list[SharedRecord] = []
 
 
+class HeldOutLoss(_Part):
+    """What a model in training lost on text that it was not trained on, after so many steps.
+
+    `objective` is of what is trained (`lexigram.distillation.Objective`), `tokens` the next-token loss in nats a token.
+    """
+
+    step: int
+    objective: float
+    tokens: float
+
+
+class HealingRecord(_Part):
+    """One training of stored values. The result is the state after `best_step`: the one with the least loss on held-out text.
+
+    `original` is the model that was imitated, None where none was; `stopped` tells what ended the training; `*_sha256` are
+    hashes of the tokens (`lexigram.calibration.tokens.token_hash`), `tensors_sha256` that of the stored tensors before.
+    """
+
+    lexigram: str
+    command: str
+    versions: dict[str, str]
+    machine: dict[str, str]
+    original: str | None
+    settings: dict[str, Any]
+    steps: int
+    best_step: int
+    stopped: Literal["steps", "minutes", "patience"]
+    before: HeldOutLoss
+    after: HeldOutLoss
+    held_out: list[HeldOutLoss]
+    text_source: str
+    text_sha256: str
+    text_tokens: int
+    held_out_sha256: str
+    held_out_tokens: int
+    tensors_sha256: str
+    seconds: float
+    peak_memory_bytes: int
+
+
 class RunRecord(_Part):
     """The content of `run.json`.
 
@@ -99,6 +139,8 @@ class RunRecord(_Part):
 
     `tensors_sha256` holds the hash of every stored tensor (`lexigram.headers.tensor_sha256`), `files_sha256` that of every
     other file but this one. Results of earlier versions have neither.
+
+    `healing` tells how stored values were trained afterwards, once for every time; the layers' `fit` is of before.
     """
 
     lexigram: str
@@ -133,6 +175,7 @@ class RunRecord(_Part):
     shared: list[SharedRecord] = []
     tensors_sha256: dict[str, str] = {}
     files_sha256: dict[str, str] = {}
+    healing: list[HealingRecord] = []
 
     @model_validator(mode="after")
     def _belongs_together(self) -> "RunRecord":

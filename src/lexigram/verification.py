@@ -284,6 +284,9 @@ def _check_errors(errors: Mapping[str, float], tokens: TokenSequences, record: R
     if tokens.sha256 != record.calibration_sha256:
         reason = "these tokens are not those that the run was calibrated on"
         return Check(name="layer errors", passed=None, message=f"{said}; not held against each other, since {reason}")
+    if record.healing:
+        reason = "the run measured before the values were trained"
+        return Check(name="layer errors", passed=None, message=f"{said}; not held against each other, since {reason}")
     if record.recipe.get("sequential"):
         reason = "the run measured on inputs from the compressed layers before, and these are the original model's"
         return Check(name="layer errors", passed=None, message=f"{said}; not held against each other, since {reason}")

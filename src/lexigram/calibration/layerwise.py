@@ -179,7 +179,7 @@ class LayerRunner:
         return self._values(outside)
 
     def _before_layers(self) -> dict[str, Tensor]:
-        """Those of them that a forward pass needs up to the last layer: an output embedding of its own may be the largest tensor."""
+        """Those that are needed up to the last layer: an output embedding of its own may be the largest tensor."""
         head = self._model.get_output_embeddings()
         behind = {id(p) for p in head.parameters()} if head is not None else set()
         embedding = self._model.get_input_embeddings()

@@ -1,9 +1,10 @@
 """The algebra of factors that replace a weight: what they are (`specs`), their values (`forms`), how values are stored
-(`codecs`) and where those of a sparse matrix stand (`indices`). One `bytes`, one `to_dense`, one forward for every method.
+(`codecs`), where those of a sparse matrix stand (`indices`), and how values train (`training`). One `bytes`, one `to_dense`,
+one forward for every method.
 """
 
 from lexigram.factors.codecs import Bfloat, Codec, Grid, Integer, StoredTensor, group_size
-from lexigram.factors.forms import Dense, Factor, Product, Shared, Sparse, Sum, empty, encode
+from lexigram.factors.forms import Dense, Factor, Product, Shared, Sparse, Sum, empty, encode, with_leaves
 from lexigram.factors.indices import IndexName, in_blocks
 from lexigram.factors.specs import (
     DenseSpec,
@@ -17,6 +18,7 @@ from lexigram.factors.specs import (
     SumSpec,
     factor_spec,
 )
+from lexigram.factors.training import TrainableLeaf
 
 __all__ = [
     "Bfloat",
@@ -40,9 +42,11 @@ __all__ = [
     "StoredTensor",
     "Sum",
     "SumSpec",
+    "TrainableLeaf",
     "empty",
     "encode",
     "factor_spec",
     "group_size",
     "in_blocks",
+    "with_leaves",
 ]

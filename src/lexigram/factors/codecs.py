@@ -10,7 +10,8 @@ only after fitting, carries its byte count as a field, so that `stored` tells it
 
 All codecs share one interface: `stored`, `grid` (choose the storable values), `round` (to the nearest of them), `encode`,
 `decode`, `bits_per_value` and `describe`. A method that rounds value after value asks for the grid once, rounds in it as
-it likes and encodes in the same grid, which then changes nothing.
+it likes and encodes in the same grid, which then changes nothing. `stored_grid` gives the grid of what is stored, once a
+group, and `spread` one entry a value of it: training moves both.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -110,6 +111,14 @@ class Bfloat(BaseModel):
         if self.bits < 16:
             stored = (unpack_bits(stored, count, self.bits) << (16 - self.bits)).to(torch.int16)
         return stored.view(torch.bfloat16).to(dtype)
+
+    def stored_grid(self, tensors: dict[str, Tensor]) -> Grid:
+        """Nothing, as `grid`."""
+        return Grid()
+
+    def spread(self, grid: Grid, count: int) -> Grid:
+        """Nothing, as `grid`."""
+        return grid
 
     def _rounded(self, values: Tensor) -> Tensor:
         """The bit patterns of the nearest storable values in the lowest bits of int32, the sign repeated above them."""
@@ -228,6 +237,18 @@ class Integer(BaseModel):
         else:
             blocks = blocks - unpack_bits(tensors["zeros"], len(scale), self.bits).to(work)[:, None]
         return blocks.mul_(scale[:, None]).reshape(-1)[:count].to(dtype)
+
+    def stored_grid(self, tensors: dict[str, Tensor]) -> Grid:
+        """The scales (bfloat16) and zeros (uint8) of stored values, (groups,) each."""
+        scale = tensors["scales"].view(torch.bfloat16)
+        if self.symmetric:
+            return Grid(scale, torch.full_like(scale, self._middle, dtype=torch.uint8))
+        return Grid(scale, unpack_bits(tensors["zeros"], len(scale), self.bits))
+
+    def spread(self, grid: Grid, count: int) -> Grid:
+        """Scales and zeros of groups, in any dtype, as those of each of `count` values; differentiable in the scales."""
+        scale, zero = _scale_and_zero(grid)
+        return Grid(*(_spread(part, self._width(count), count) for part in (scale, zero)))
 
     @property
     def _steps(self) -> int:

@@ -5,7 +5,7 @@ Each stands for a matrix ``M (rows, cols)``: calling it on ``x (..., cols)`` giv
 `x`, `to_dense` gives ``M``, and its parameters are exactly the integer tensors that its spec names. Nothing here fits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -117,18 +117,18 @@ class Sparse(_Leaf):
     def support(self) -> Tensor:
         """Where values are stored: bool (rows, cols)."""
         device = next(self.parameters()).device
-        return self._placed(torch.ones(self.spec.count, dtype=torch.bool, device=device))
+        return self.placed(torch.ones(self.spec.count, dtype=torch.bool, device=device))
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `Factor.to_dense`."""
-        return self._placed(self.decode(dtype))
+        return self.placed(self.decode(dtype))
 
     def check(self) -> None:
         """See `Factor.check`; the index must tell a place for every block of values."""
         super().check()
         self.spec.places.check(self._tensors())
 
-    def _placed(self, values: Tensor) -> Tensor:
+    def placed(self, values: Tensor) -> Tensor:
         """The matrix with `values` (count,), in stored order, in their places and zeros elsewhere."""
         matrix = values.new_zeros(self.spec.rows, self.spec.cols)
         places = self.spec.places
@@ -225,10 +225,28 @@ def empty(spec: FactorSpec, shared: Mapping[str, Factor] = MappingProxyType({}))
     if isinstance(spec, Node):
         return _NODES[type(spec)](empty(spec.left, shared), empty(spec.right, shared))
     if isinstance(spec, SharedSpec):
-        if spec.name not in shared:
-            raise ValueError(f"the shared matrix {spec.name} is not described")
-        return Shared(spec, shared[spec.name])
+        return _reference(spec, shared)
     return _LEAVES[type(spec)](spec, _unset(spec))
+
+
+def with_leaves(
+    factor: Factor, change: Callable[[Factor], Factor], shared: Mapping[str, Factor] = MappingProxyType({})
+) -> Factor:
+    """The same expression with ``change(leaf)`` in the place of every leaf; nodes are made anew.
+
+    Args:
+        factor: the expression.
+        change: gives a matrix of the same spec.
+        shared: what its references are to refer to, by name.
+
+    Raises:
+        ValueError: where it refers to a matrix that `shared` does not have, or has in another shape.
+    """
+    if isinstance(factor, Product | Sum):
+        return type(factor)(with_leaves(factor.left, change, shared), with_leaves(factor.right, change, shared))
+    if isinstance(factor, Shared):
+        return _reference(factor.spec, shared)
+    return change(factor)
 
 
 def encode(matrix: Tensor, spec: FactorSpec, grid: Grid | None = None) -> Factor:
@@ -246,6 +264,12 @@ def encode(matrix: Tensor, spec: FactorSpec, grid: Grid | None = None) -> Factor
 
 _LEAVES: dict[type, Any] = {DenseSpec: Dense, SparseSpec: Sparse}
 _NODES: dict[type, Any] = {ProductSpec: Product, SumSpec: Sum}
+
+
+def _reference(spec: SharedSpec, shared: Mapping[str, Factor]) -> Shared:
+    if spec.name not in shared:
+        raise ValueError(f"the shared matrix {spec.name} is not described")
+    return Shared(spec, shared[spec.name])
 
 
 def _unset(leaf: Leaf) -> dict[str, Tensor]:

@@ -9,8 +9,10 @@ from lexigram.transformers_io.linear import (
     LayerSpec,
     factored_layers,
     make_dense,
+    replace_leaves,
     share,
     shared_matrices,
+    stored_tensors,
 )
 from lexigram.transformers_io.loading import export_dense, is_compressed, load, open_model
 from lexigram.transformers_io.quantizer import LexigramConfig, LexigramQuantizer, attach_config
@@ -28,6 +30,8 @@ __all__ = [
     "load",
     "make_dense",
     "open_model",
+    "replace_leaves",
     "share",
     "shared_matrices",
+    "stored_tensors",
 ]

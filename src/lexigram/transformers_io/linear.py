@@ -1,13 +1,13 @@
 """The module that stands where a linear layer stood, and the swap between the two. Evaluates any factor expression."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lexigram.factors import Factor, FactorSpec
+from lexigram.factors import Factor, FactorSpec, with_leaves
 
 SHARED = "lexigram_shared"
 """The model's submodule that holds what several layers share; its tensors are stored once, under this prefix."""
@@ -95,3 +95,21 @@ def shared_matrices(model: nn.Module) -> dict[str, Factor]:
 def share(model: nn.Module, matrices: Mapping[str, Factor]) -> None:
     """Let the model hold `matrices` for its layers, beside those that it holds already."""
     model.add_module(SHARED, nn.ModuleDict({**shared_matrices(model), **matrices}))
+
+
+def replace_leaves(model: nn.Module, change: Callable[[Factor], Factor]) -> None:
+    """Put ``change(leaf)`` in the place of every stored leaf, in place; what layers share is changed once, and stays shared."""
+    shared = {name: with_leaves(matrix, change) for name, matrix in shared_matrices(model).items()}
+    if shared:
+        share(model, shared)
+    for _, layer in factored_layers(model):
+        layer.factors = with_leaves(layer.factors, change, shared)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the compressed layers and of what they share, by its name in a checkpoint."""
+    matrices = {f"{name}.factors": layer.factors for name, layer in factored_layers(model)}
+    matrices |= {f"{SHARED}.{name}": matrix for name, matrix in shared_matrices(model).items()}
+    return {
+        f"{name}.{part}": tensor for name, matrix in matrices.items() for part, tensor in matrix.state_dict().items()
+    }

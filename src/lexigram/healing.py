@@ -1,0 +1,219 @@
+"""`heal`: the stored values of a compressed model trained on a text, their places and forms as they are.
+
+A sparse or low-rank model that was fitted layer by layer can be better as a whole: here its values follow the gradient of the
+loss of the whole model, against the original one or on the text itself. Leaves compute with what would be stored
+(`lexigram.factors.training`), so the result is the model that was trained, in the same bytes: only values and group scales
+differ. What is not compressed, biases included, stays the original's.
+
+The state of a training lies beside the output, as what `compress` has finished does; a run that was ended goes on from it and
+ends in the same bytes, unless it is the clock that ends it. On a GPU two runs may differ by the rounding of sums.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexigram.calibration.text import read_texts
+from lexigram.calibration.tokens import TokenSequences, token_sequences
+from lexigram.devices import forward_dtype, resolve_device
+from lexigram.distillation import NEEDS_TEACHER, Objective, recomputing
+from lexigram.errors import LexigramError
+from lexigram.factors import Factor, TrainableLeaf
+from lexigram.headers import file_sha256, read_headers, read_metadata, tensor_sha256
+from lexigram.memory import peak_memory_bytes
+from lexigram.recording import other_files, weight_files
+from lexigram.records import HealingRecord, RunRecord, machine, read_run, versions
+from lexigram.runfolder import MANIFEST, opened, run_folder
+from lexigram.running import Silent, Stages, check_context
+from lexigram.shards import Entry, file_tensors, write_tensors
+from lexigram.source import Source
+from lexigram.staging import RUN_FILE, check_target, staged
+from lexigram.targets import decoder_layers_name
+from lexigram.training import LENGTH, HealingSettings, Training
+from lexigram.transformers_io import open_model, replace_leaves, stored_tensors
+from lexigram.verification import verify
+
+_AT_ONCE = 2048  # tokens that are run at a time
+_STATE_BYTES = 20  # on disk for each stored value: itself, its best, two moments, all float32, and some to spare
+
+
+def heal(
+    folder: str | Path,
+    out: str | Path,
+    settings: HealingSettings,
+    *,
+    against: str | None = None,
+    device: str | torch.device = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Stages | None = None,
+) -> RunRecord:
+    """Train the stored values of the compressed model in `folder` into the folder `out`, which appears when it is complete.
+
+    Everything but values and group scales is as it was: config, forms, indices, sizes, and what is not compressed. The values
+    are those with the least loss on held-out sequences, which may be the ones of before.
+
+    Args:
+        folder: what `compress` or `heal` wrote.
+        out: a folder that does not exist, is empty, or (with `overwrite`) holds an earlier result of ours.
+        settings: what is trained for, on which text, and for how long.
+        against: the model that was compressed, which is imitated; by default the one that the folder's `run.json` names. An
+            objective that imitates none needs none.
+        device: where both models are put.
+        overwrite: replace such a result.
+        resume: go on with a training that ended early, if there is one.
+        progress: is told how far the work is.
+
+    Returns:
+        The content of the new folder's `run.json`: that of the old one, with a record of this training.
+
+    Raises:
+        LexigramError: for a folder that is damaged, another original, too little text, an unfinished training of other
+            settings, a loss that is not finite, and whatever else the user can mend; `out` is then as it was.
+        KeyboardInterrupt: after Ctrl-C; the step that was being made is finished and kept.
+    """
+    folder, out, progress = Path(folder).expanduser(), Path(out), progress or Silent()
+    check_target(out, overwrite=overwrite)
+    _check_begun(out, resume=resume)
+    record = read_run(folder)
+    size = sum((folder / name).stat().st_size for name in record.files if (folder / name).is_file())
+    values = sum(layer.parameters_after for layer in record.layers)
+    check_target(out, overwrite=overwrite, needed_bytes=size + _STATE_BYTES * values)
+    place = resolve_device(device) if isinstance(device, str) else device
+    dtype = forward_dtype(place, settings.compute_dtype)
+    original = (against or record.model) if settings.objective in NEEDS_TEACHER else None
+    _check_folder(folder, original, named=against is not None, device=place, progress=progress)
+    student, tokenizer = open_model(str(folder), device=place, dtype=torch.float32)
+    teacher = None if original is None else open_model(original, device=place, dtype=dtype)[0].requires_grad_(False)
+    length = _length(settings, student)
+    check_context(student, length, "length")
+    train, held = _parts(tokenizer, settings, length)
+    student.requires_grad_(False)
+    replace_leaves(student, TrainableLeaf)
+    layers = decoder_layers_name(Source.resolve(str(folder)).skeleton())  # they are known by their linear layers
+    objective = Objective(settings.objective, student, teacher, layers, dtype, _AT_ONCE)
+    before = {name: tensor_sha256(header) for name, header in read_headers(weight_files(folder)).items()}
+    identity = {
+        "a healing of": hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest(),
+        "the text": train.sha256,
+        "the held-out text": held.sha256,
+        **{key: str(value) for key, value in settings.model_dump(mode="json", exclude={"save_every", "texts"}).items()},
+        "the device": place.type,
+        "a forward pass in": str(dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+        **{f"the version of {name}": version for name, version in versions().items() if name != "python"},
+    }
+    with opened(out, identity, resume=resume) as run:
+        training = Training(settings, objective, train.ids, held.ids, run.folder)
+        with recomputing(student, layers) if settings.checkpointing else nullcontext():
+            stopped = training.run(progress)
+        training.take_best()
+        replace_leaves(student, _packed)
+        with staged(out, overwrite=overwrite, within=run.folder) as staging, progress.stage("save", 1) as step:
+            _write(folder, record, stored_tensors(student), staging)
+            healing = HealingRecord(
+                lexigram=versions()["lexigram"],
+                command=" ".join(sys.argv),
+                versions=versions(),
+                machine={**machine(place), "compute_dtype": str(dtype).removeprefix("torch.")},
+                original=original,
+                settings=settings.model_dump(mode="json"),
+                steps=training.state.step,
+                best_step=training.state.best.step,
+                stopped=stopped,
+                before=training.state.held_out[0],
+                after=training.state.best,
+                held_out=training.state.held_out,
+                text_source=train.source,
+                text_sha256=train.sha256,
+                text_tokens=train.tokens,
+                held_out_sha256=held.sha256,
+                held_out_tokens=held.tokens,
+                tensors_sha256=identity["a healing of"],
+                seconds=training.state.seconds,
+                peak_memory_bytes=peak_memory_bytes(),
+            )
+            tensors = read_headers(weight_files(staging))
+            healed = record.model_copy(
+                update={
+                    "healing": [*record.healing, healing],
+                    "tensors_sha256": {name: tensor_sha256(header) for name, header in tensors.items()},
+                    "files_sha256": {file.name: file_sha256(file) for file in other_files(staging)},
+                }
+            )
+            (staging / RUN_FILE).write_text(healed.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            step()
+    return healed
+
+
+def _packed(leaf: Factor) -> Factor:
+    assert isinstance(leaf, TrainableLeaf)
+    return leaf.packed()
+
+
+def _check_begun(out: Path, *, resume: bool) -> None:
+    folder = run_folder(Path(os.path.abspath(out)))
+    if (folder / MANIFEST).is_file() and not resume:
+        raise LexigramError(f"{folder} holds an unfinished run; go on with --resume, or delete it")
+
+
+def _check_folder(folder: Path, original: str | None, *, named: bool, device: torch.device, progress: Stages) -> None:
+    """Refuse a folder that is not as it was written, and a model that it was not made from."""
+    try:
+        found = verify(folder, against=original, device=device, progress=progress)
+    except LexigramError as error:
+        if original is None or named:
+            raise
+        raise LexigramError(
+            f"{error}; {folder} names {original} as its original, name another with --against"
+        ) from error
+    for check in found.failed:
+        remedy = "name the model that was compressed with --against"
+        if check.name not in ("original", "uncompressed"):
+            remedy = "fetch it or compress again"
+        raise LexigramError(f"{folder} cannot be healed: {check.message}; {remedy}")
+
+
+def _length(settings: HealingSettings, model: Any) -> int:
+    if settings.length is not None:
+        return settings.length
+    return min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
+
+
+def _parts(tokenizer: Any, settings: HealingSettings, length: int) -> tuple[TokenSequences, TokenSequences]:
+    """Sequences to train on, and others to judge by, at equal distances among all that are drawn from the text."""
+    count = settings.sequences + settings.held_out
+    source = ", ".join(settings.texts)
+    drawn = token_sequences(tokenizer, read_texts(settings.texts), count, length, settings.seed, source=source)
+    held = torch.zeros(count, dtype=torch.bool)
+    held[torch.arange(settings.held_out) * count // settings.held_out] = True
+    return tuple(TokenSequences(drawn.ids[part], drawn.source) for part in (~held, held))  # type: ignore[return-value]
+
+
+def _write(folder: Path, record: RunRecord, values: Mapping[str, Tensor], staging: Path) -> None:
+    """The files of a result, with other `values` in the places of the tensors of these names."""
+    for name in record.files:
+        file = folder / name
+        if file.suffix == ".safetensors":
+            entries = {
+                key: Entry(tensor.dtype, tensor.shape, partial(_value, values[key]) if key in values else tensor.read)
+                for key, tensor in file_tensors(file).items()
+            }
+            metadata = {key: value for key, value in read_metadata(file).items() if key != "format"}
+            write_tensors(staging / name, entries, metadata)
+        elif name != RUN_FILE:
+            shutil.copyfile(file, staging / name)
+
+
+def _value(tensor: Tensor) -> Tensor:
+    return tensor

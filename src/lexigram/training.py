@@ -1,0 +1,320 @@
+"""The training of parameters by an objective: settings, AdamW, looks at held-out text, and a state that outlives its process.
+
+What the parameters are, and what becomes of them, is the business of those who make the model (`lexigram.healing`).
+"""
+
+import hashlib
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from lexigram.distillation import Objective, ObjectiveName
+from lexigram.errors import LexigramError
+from lexigram.headers import read_metadata
+from lexigram.interruption import deferred
+from lexigram.recipe import Names, explain
+from lexigram.records import HeldOutLoss
+from lexigram.runfolder import writing
+from lexigram.running import Stages, counted
+from lexigram.shards import Entry, file_tensors, raw, write_tensors
+from lexigram.shown import MACHINE, Shown
+
+STEPS = 200
+"""Where neither steps nor minutes are told."""
+
+LENGTH = 256
+"""Tokens a sequence where nothing is told."""
+
+_STATE = "state.safetensors"
+_TEXT, _TRAINING = "Text", "Training"
+
+Stopped = Literal["steps", "minutes", "patience"]
+
+
+class HealingSettings(BaseModel):
+    """How stored values are trained, and on which text; all of it but `save_every` decides the bytes of the result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    texts: Annotated[Names, Shown(name="text", short="-t", metavar="TEXT")] = Field(
+        min_length=1, description="To train on: .txt or .jsonl files, `demo`, or `hub:NAME`."
+    )
+    sequences: Annotated[int, Shown(_TEXT)] = Field(default=256, ge=1, description="How many sequences to train on.")
+    length: Annotated[int | None, Shown(_TEXT, none=f"{LENGTH}, or the model's context")] = Field(
+        default=None, ge=2, description="Tokens a sequence."
+    )
+    held_out: Annotated[int, Shown(_TEXT)] = Field(
+        default=16, ge=1, description="How many others to judge by; they lie spread among the ones to train on."
+    )
+    objective: Annotated[ObjectiveName, Shown(_TRAINING)] = Field(
+        default="kl",
+        description="Predict as the original (`kl`), have its decoder layers' outputs (`layers`), or predict the text "
+        "(`tokens`).",
+    )
+    steps: Annotated[int | None, Shown(_TRAINING, none=f"{STEPS}, or what the minutes allow")] = Field(
+        default=None, ge=1, description="Steps of the optimiser (AdamW) at most."
+    )
+    minutes: Annotated[float | None, Shown(_TRAINING, none="no limit")] = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Stop after so long; bytes then depend on the machine's speed.",
+    )
+    batch: Annotated[int, Shown(_TRAINING)] = Field(default=8, ge=1, description="Sequences a step.")
+    rate: Annotated[float, Shown(_TRAINING)] = Field(
+        default=2e-3,
+        gt=0,
+        le=1,
+        description="How far a step moves a value, as a share of what values in its matrix are.",
+    )
+    schedule: Annotated[Literal["cosine", "constant"], Shown(_TRAINING)] = Field(
+        default="cosine", description="How the rate goes on after the warm-up."
+    )
+    warmup: Annotated[int, Shown(_TRAINING)] = Field(default=10, ge=0, description="Steps until the rate is reached.")
+    decay: Annotated[float, Shown(_TRAINING)] = Field(
+        default=0.0, ge=0, lt=1, description="Weight decay, as AdamW has it: by this share of the rate a step."
+    )
+    clip: Annotated[float, Shown(_TRAINING)] = Field(
+        default=1.0, gt=0, description="The largest norm of the gradient of all values; longer ones are cut to it."
+    )
+    measure_every: Annotated[int, Shown(_TRAINING)] = Field(
+        default=20, ge=1, description="Steps between two looks at the held-out text."
+    )
+    patience: Annotated[int, Shown(_TRAINING)] = Field(
+        default=5, ge=1, description="Stop after so many looks without a smaller loss; the best state is the result."
+    )
+    checkpointing: Annotated[bool, Shown(MACHINE)] = Field(
+        default=False, description="Run every decoder layer again in the backward pass: slower, in less memory."
+    )
+    save_every: Annotated[int, Shown(MACHINE)] = Field(
+        default=20, ge=1, description="Steps between two saves of the state for --resume."
+    )
+    seed: Annotated[int, Shown(_TEXT)] = Field(
+        default=0, ge=0, description="Decides which sequences are drawn, and their order."
+    )
+    compute_dtype: Annotated[Literal["auto", "float32", "bfloat16"], Shown(MACHINE)] = Field(
+        default="auto", description="Of the forward pass; `auto` takes bfloat16 where the device has it."
+    )
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> "HealingSettings":
+        """Validate plain data.
+
+        Raises:
+            LexigramError: naming the key and its value.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise LexigramError(f"the settings: {explain(error)}") from None
+
+    @property
+    def most_steps(self) -> int | None:
+        """None where only the clock ends the training."""
+        return STEPS if self.steps is None and self.minutes is None else self.steps
+
+    def rate_at(self, step: int, seconds: float) -> float:
+        """Of the step after `step` others, `seconds` after the beginning: linear warm-up, then constant or half a cosine."""
+        parts = [0.0]
+        if self.most_steps is not None:
+            parts.append(step / self.most_steps)
+        if self.minutes is not None:
+            parts.append(min(1.0, seconds / (60 * self.minutes)))
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        falling = (1 + math.cos(math.pi * max(parts))) / 2 if self.schedule == "cosine" else 1.0
+        return self.rate * warm * falling
+
+
+class State(BaseModel):
+    """How far a training is; `seconds` are those that it took so far, over all runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = 0
+    seconds: float = 0.0
+    held_out: list[HeldOutLoss] = []
+
+    @property
+    def best(self) -> HeldOutLoss:
+        """The first with the least loss."""
+        return min(self.held_out, key=lambda loss: loss.objective)
+
+    @property
+    def waited(self) -> int:
+        """Looks at the held-out text since the best one."""
+        return len(self.held_out) - 1 - self.held_out.index(self.best)
+
+
+class Training:
+    """AdamW on the stored values of the objective's student; its state in `folder`, from where it is taken if it is there.
+
+    The parameters with the least loss so far are kept beside those that train.
+    """
+
+    def __init__(
+        self, settings: HealingSettings, objective: Objective, ids: Tensor, held: Tensor, folder: Path
+    ) -> None:
+        self.settings, self.objective, self.ids, self.held, self.folder = settings, objective, ids, held, folder
+        self.parameters = {name: each for name, each in objective.student.named_parameters() if each.requires_grad}
+        if not self.parameters:
+            raise LexigramError("all stored values are zero, and nothing can be trained; compress the model again")
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.decay
+        )
+        self.best = {name: each.detach().clone() for name, each in self.parameters.items()}
+        self.state = State()
+        if (folder / _STATE).exists():
+            self._restore()
+
+    def run(self, progress: Stages) -> Stopped:
+        """Train until the budget is spent or the held-out loss falls no more; what ended it."""
+        began = time.perf_counter() - self.state.seconds
+        if not self.state.held_out:
+            self._measure(progress)
+        batches = itertools.islice(_batches(len(self.ids), self.settings), self.state.step, None)
+        total = self.settings.most_steps or math.ceil(60 * (self.settings.minutes or 0))
+        with progress.stage("heal", total) as told, deferred() as interrupted:
+            tell = counted(told)
+            while True:
+                done = self.state.step if self.settings.most_steps else min(int(self.state.seconds), total)
+                tell(done, total)
+                stopped = self._ended()
+                if stopped is not None:
+                    break
+                if interrupted():
+                    self._save()
+                    raise KeyboardInterrupt
+                self._step(self.ids[next(batches)])
+                self.state.seconds = time.perf_counter() - began
+                if self.state.step % self.settings.measure_every == 0:
+                    self._measure(progress)
+                    self.state.seconds = time.perf_counter() - began
+                if self.state.step % self.settings.save_every == 0:
+                    self._save()
+        if self.state.held_out[-1].step < self.state.step:
+            self._measure(progress)
+        self.state.seconds = time.perf_counter() - began
+        return stopped
+
+    def take_best(self) -> None:
+        """Give the student the parameters with the least loss."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best[name])
+
+    def _ended(self) -> Stopped | None:
+        if self.state.waited >= self.settings.patience:
+            return "patience"
+        if self.state.step == self.settings.most_steps:
+            return "steps"
+        if self.settings.minutes is not None and self.state.seconds >= 60 * self.settings.minutes:
+            return "minutes"
+        return None
+
+    def _step(self, batch: Tensor) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.rate_at(self.state.step, self.state.seconds)
+        self.optimiser.zero_grad(set_to_none=True)
+        for part in self.objective.parts(batch):
+            loss = self.objective.losses(part).sum() / len(batch)
+            self._check_finite("the loss", float(loss.detach()))
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
+        self._check_finite("the gradient's norm", float(norm))
+        self.optimiser.step()
+        self.state.step += 1
+
+    def _measure(self, progress: Stages) -> None:
+        """Look at the held-out text; keep the parameters if they are the best so far."""
+        with progress.stage(f"held-out text after {self.state.step} steps", len(self.held)) as step:
+            found = self.objective.measured(self.held, step)
+        self._check_finite("the loss on held-out text", found.objective)
+        self.state.held_out.append(HeldOutLoss(step=self.state.step, **found._asdict()))
+        if self.state.best is self.state.held_out[-1]:
+            for name, parameter in self.parameters.items():
+                self.best[name].copy_(parameter.detach())
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """A state on the way to such a number is of no use to a run of other settings, which refuses it."""
+        if math.isfinite(value):
+            return
+        (self.folder / _STATE).unlink(missing_ok=True)
+        raise LexigramError(
+            f"{what} is {value} after {self.state.step} steps; lower --rate ({self.settings.rate:g} now), or take "
+            "--compute-dtype float32"
+        )
+
+    def _save(self) -> None:
+        """In the place of an earlier state, as a whole."""
+        tensors = self._tensors()
+        metadata = {"state": self.state.model_dump_json(), "sha256": _sha256(tensors)}
+        partial_file = self.folder / f"{_STATE}.partial"
+        with writing(self.folder):
+            write_tensors(partial_file, {name: _entry(tensor) for name, tensor in tensors.items()}, metadata)
+            with partial_file.open("rb") as file:
+                os.fsync(file.fileno())
+            partial_file.replace(self.folder / _STATE)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The state as tensors by name: parameters, the best of them, and what the optimiser keeps of each."""
+        found = {f"now.{name}": each.detach() for name, each in self.parameters.items()}
+        found |= {f"best.{name}": each for name, each in self.best.items()}
+        for name, each in self.parameters.items():
+            found |= {f"{key}.{name}": tensor for key, tensor in self.optimiser.state.get(each, {}).items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+    def _restore(self) -> None:
+        file = self.folder / _STATE
+        try:
+            tensors = {name: tensor.read() for name, tensor in file_tensors(file).items()}
+            metadata = read_metadata(file)
+            if metadata.get("sha256") != _sha256(tensors):
+                raise ValueError("its content is not what was written")
+            self.state = State.model_validate_json(metadata.get("state", ""))
+        except (LexigramError, ValueError) as error:
+            reason = "it tells of no state" if isinstance(error, ValidationError) else error
+            raise LexigramError(f"{file} is damaged ({reason}); delete {self.folder} and run again") from error
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"now.{name}"])
+                self.best[name].copy_(tensors[f"best.{name}"])
+                kept = {
+                    key: tensors[f"{key}.{name}"]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}.{name}" in tensors
+                }
+                if kept:  # the optimiser keeps its count of steps on the CPU
+                    moments = {key: tensor.to(parameter.device) for key, tensor in kept.items() if key != "step"}
+                    self.optimiser.state[parameter] = {"step": kept["step"], **moments}
+
+
+def _batches(count: int, settings: HealingSettings) -> Iterator[Tensor]:
+    """Numbers of sequences (batch,), without end: all in random order, again and again, across the ends of batches."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    left = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(left) < settings.batch:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        yield left[: settings.batch]
+        left = left[settings.batch :]
+
+
+def _entry(tensor: Tensor) -> Entry:
+    return Entry(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of all tensors, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}:".encode())
+        digest.update(raw(tensors[name]))
+    return digest.hexdigest()
