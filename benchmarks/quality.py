@@ -58,6 +58,7 @@ ROWS: dict[str, list[str]] = {
     "structured": ["--method", "structured"],
     "structured, refit": ["--method", "structured", "--refit"],
     "oats": ["--method", "oats"],
+    "double-sparse": ["--method", "double-sparse"],
     "cap": ["--method", "cap"],
     "cap, refit": ["--method", "cap", "--refit"],
     "cap, no policy": ["--method", "cap", "--passes", "0"],

@@ -14,6 +14,7 @@ from lexigram.methods import (
     METHODS,
     PRESETS,
     CapConfig,
+    DoubleSparseConfig,
     LowRankSparseConfig,
     MagnitudeConfig,
     OatsConfig,
@@ -35,6 +36,13 @@ OTHERS = st.one_of(
     st.builds(MagnitudeConfig, pattern=st.sampled_from(["any", "2:4", "16x16"]), refit=st.booleans()),
     st.builds(WandaConfig, value_bits=st.sampled_from(BITS)),
     st.builds(SparseGptConfig, columns=st.integers(1, 999), order=st.sampled_from(["activation", "natural"])),
+    st.builds(
+        DoubleSparseConfig,
+        density=st.floats(0.01, 1),
+        value_bits=st.none() | st.sampled_from(BITS),
+        code_penalty=st.floats(0, 9),
+        inertia=st.booleans(),
+    ),
     st.builds(OatsConfig, rank_share=st.floats(0, 1), rounds=st.integers(1, 99)),
     st.builds(
         LowRankSparseConfig, rank_share=st.none() | st.floats(0, 1), value_bits=st.none() | st.sampled_from(BITS)

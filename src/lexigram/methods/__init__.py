@@ -21,6 +21,7 @@ from lexigram.methods.base import (
 )
 from lexigram.methods.cap import CapConfig
 from lexigram.methods.cospadi import PRESETS, CospadiConfig
+from lexigram.methods.double_sparse import DoubleSparseConfig
 from lexigram.methods.lowrank_sparse import LowRankSparseConfig
 from lexigram.methods.oats import OatsConfig
 from lexigram.methods.pruning import MagnitudeConfig, SparseGptConfig, WandaConfig
@@ -31,6 +32,7 @@ from lexigram.methods.svd import SvdConfig
 AnyMethod = Annotated[
     CapConfig
     | CospadiConfig
+    | DoubleSparseConfig
     | LowRankSparseConfig
     | MagnitudeConfig
     | OatsConfig
@@ -46,6 +48,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "svd": SvdConfig,
     "quantize": QuantizeConfig,
     "lowrank-sparse": LowRankSparseConfig,
+    "double-sparse": DoubleSparseConfig,
     "cap": CapConfig,
     "oats": OatsConfig,
     "sparsegpt": SparseGptConfig,
@@ -62,6 +65,7 @@ __all__ = [
     "BudgetTooSmallError",
     "CapConfig",
     "CospadiConfig",
+    "DoubleSparseConfig",
     "FitReport",
     "Fitted",
     "LowRankSparseConfig",
