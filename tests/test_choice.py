@@ -662,7 +662,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_named(files: TensorFiles, tm
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(
-            LexigramError, match=r"file.* cannot be written: .*; free some space, or name another folder"
+            LexigramError, match=r"file.* cannot be written: .*; free some space and go on with --resume"
         ):
             TensorFiles(folder, torch.device("cpu"), "part")
     files.folder.rmdir()

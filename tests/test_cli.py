@@ -306,7 +306,7 @@ BAD_COMPRESS = {
         r"is not complete: model\.norm\.weight is missing",
     ),
     "weights truncated": Case(
-        truncated, r"the weight file .*model\.safetensors cannot be read: .*fetch or write it again"
+        truncated, r"the weight file .*model\.safetensors cannot be read: .*fetch or write the model again"
     ),
     "text missing": Case(compress("-c", "/no/text.txt"), r"there is no file /no/text\.txt"),
     "text empty": Case(with_file("e.txt", b" \n", "-c", "FILE"), "holds no text"),

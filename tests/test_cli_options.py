@@ -193,7 +193,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Reci
     def recipe(*args: object) -> Recipe:
         found: list[Recipe] = []
 
-        def stop(settings: Recipe, **_options: object) -> None:
+        def stop(settings: Recipe, *_options: object) -> None:
             found.append(settings)
             raise LexigramError("far enough")
 

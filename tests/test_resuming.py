@@ -366,12 +366,10 @@ def killed(recipe: Recipe, out: Path, kills: int, draw: random.Random) -> int:
         process = context.Process(target=slowly, args=(recipe, out))
         process.start()
         count = _units(out)
-        if draw.random() < 0.5:
-            time.sleep(draw.uniform(0, 0.5))
-        else:
-            while process.is_alive() and _units(out) <= count:
-                time.sleep(0.005)
-            time.sleep(draw.uniform(0, 0.05))
+        until = time.monotonic() + (draw.uniform(0, 0.5) if draw.random() < 0.5 else 60)
+        while time.monotonic() < until and process.is_alive() and _units(out) <= count:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.05))
         met += process.is_alive()
         process.kill()
         process.join()
@@ -388,7 +386,7 @@ def _units(out: Path) -> int:
 @pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(kills: int, recipe: Build, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The manifest is whole whenever it is read; in the end the bytes are those of a run that nobody killed."""
-    way: dict[str, Any] = {"include": ["q_proj", "k_proj", "v_proj"]}
+    way: dict[str, Any] = {}
     if kills > 10:  # 35 units
         data = request.getfixturevalue("data")
         way = {

@@ -181,19 +181,19 @@ class Source:
         """Whether the weights can be read one by one; of a model on the hub, which is not fetched for that, it is believed."""
         if self.gguf is not None:
             return False
-        return not Path(self.path).is_dir() or _placed(frame, _wanted(frame), self._stored()) is not None
+        return not Path(self.path).is_dir() or _placed(frame, _wanted(frame), self._headers()) is not None
 
     def dtype(self, config: Any) -> torch.dtype:
         """What the weights are stored in: of a folder the widest there is, else what the config says."""
         if self.gguf is None and Path(self.path).is_dir():
-            floats = [tensor.dtype for tensor in self._stored().values() if tensor.dtype.is_floating_point]
+            floats = [tensor.dtype for tensor in self._headers().values() if tensor.dtype.is_floating_point]
             if floats:
                 return max(floats, key=lambda dtype: dtype.itemsize)
         named: torch.dtype | None = getattr(config, "dtype", None)
         return torch.float32 if self.gguf is not None or named is None else named
 
     def _structure(self, config: Any, **options: Any) -> PreTrainedModel:
-        stored = len(self._stored()) if Path(self.path).is_dir() else 0
+        stored = len(self._headers()) if Path(self.path).is_dir() else 0
         if stored:
             check_config(Path(self.path), read_config(Path(self.path)), stored)
         try:
@@ -217,6 +217,13 @@ class Source:
             return {}
         files, _ = self._open(lambda path, **_: get_checkpoint_shard_files(path, index), "weights")
         return file_tensors(*map(Path, files))
+
+    def _headers(self) -> dict[str, FileTensor]:
+        """What the files say; nothing where they are damaged, which is told when weights are read."""
+        try:
+            return self._stored()
+        except LexigramError:
+            return {}
 
     def _dtype(self) -> torch.dtype | None:
         """What transformers takes where the config says nothing: that of the first tensor of floats."""

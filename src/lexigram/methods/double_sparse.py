@@ -53,17 +53,26 @@ from lexigram.shown import FORM, Shown
 
 _BITS: tuple[tuple[float, tuple[ValueBits, ValueBits]], ...] = (
     (2.5, (4, 3)),
-    (4.5, (4, 4)),
-    (6.0, (6, 4)),
+    (5.5, (4, 4)),
+    (7.0, (6, 4)),
+    (9.5, (6, 6)),
     (12.0, (8, 6)),
     (float("inf"), (16, 16)),
 )
 """Stored bits of a coefficient and of a dictionary's entry up to so many bits a weight.
 
-Relative errors of a query projection of a real model by the bits of coefficients and dictionary at equal bytes: at 1.6 bits a
-weight .165 in 4 and 3, .167 in 4 and 4, .173 in 6 and 3; at 3.2 .099 in 4 and 3, .095 in 4 and 4, .101 in 6 and 4; at 4.8 .065
-in 4 and 4, .058 in 6 and 4, .064 in 6 and 6. A dictionary's rounding is carried on in the metric of correlated inputs; atoms
-are hardly correlated.
+Relative errors of a query and a gate projection of a real model at equal bytes, in 4 and 3, 4 and 4, 6 and 4, 6 and 6, 8 and 6
+bits:
+
+| bits a weight | 4, 3 | 4, 4 | 6, 4 | 6, 6 | 8, 6 |
+|---|---|---|---|---|---|
+| 1.6 | .165 .313 | .167 | | | |
+| 4.8 | | .069 .082 | .063 .110 | .067 .124 | |
+| 6.4 | | .054 .072 | .041 .044 | .041 .045 | .049 .085 |
+| 8 | | .052 .071 | | .021 .019 | .029 .031 |
+| 11.2 | | .070 .071 | .017 .018 | .013 .018 | .008 .006 |
+
+A dictionary's rounding is carried on in the metric of correlated inputs; atoms are hardly correlated.
 """
 _OFFERED: tuple[tuple[ValueBits, ValueBits], ...] = ((4, 3), (6, 4), (8, 6))
 _SHARE = 0.3
