@@ -72,7 +72,7 @@ class Needs:
     def stages(self, way: Way, resident: int) -> dict[str, int]:
         """The peak of every stage, of a process that takes `resident` bytes before it begins; of all processes together."""
         resident += self.held
-        batch = max(BATCH_TOKENS, self.length)
+        batch = min(self.tokens, max(BATCH_TOKENS, self.length))
         hidden = 0 if way.spills else self.tokens * self.hidden
         gram = 8 * self.width**2
         forward = max(
