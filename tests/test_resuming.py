@@ -386,6 +386,7 @@ def _units(out: Path) -> int:
 @pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(kills: int, recipe: Build, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The manifest is whole whenever it is read; in the end the bytes are those of a run that nobody killed."""
+    torch.set_num_threads(1)  # as in `slowly`: a run goes on with as many as it was begun with
     way: dict[str, Any] = {}
     if kills > 10:  # 35 units
         data = request.getfixturevalue("data")

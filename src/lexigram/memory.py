@@ -19,8 +19,13 @@ BATCH_TOKENS = 2048
 
 _WORKER = 420_000_000  # bytes of a worker process before it has anything to do
 _COMPUTING = 70_000_000  # bytes that libraries take for themselves once something is computed
-_GRAMS = 10  # a Gram, its factors and their inverses, and what an eigendecomposition works in
-_WEIGHTS = 10  # a weight in float32, its signals, factors and what methods keep beside them
+_WHITENING = 7  # Grams: one, its factor and inverse, what an eigendecomposition works in, and what it leaves unused
+_WHITENED = 3  # Grams: one, its factor and inverse
+_BEFORE = 7  # weights in float32 that are there while their Gram is whitened
+_WEIGHTS = 34  # weights in float32: signals in float64, what a decomposition works in, and what is left unused
+_SHORT = 0.2
+"""Of what a run takes beyond the process before it: by so much a peak may be above its prediction, and still be within a limit."""
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -79,7 +84,8 @@ class Needs:
             self.outside + self.largest + batch * self.hidden,
             self.layer + self.largest + batch * (self.hidden + self.activations) + self.grams + 3 * gram,
         )
-        fit = _GRAMS * gram + 4 * _WEIGHTS * self.weights * self.group
+        weights = 4 * self.weights * self.group
+        fit = max(_WHITENING * gram + _BEFORE * weights, _WHITENED * gram + _WEIGHTS * weights)
         stages = {
             "read the weights": resident + 2 * self.largest,
             "calibrate": resident + _COMPUTING + hidden + forward,
@@ -105,18 +111,19 @@ class Needs:
 def chosen_way(
     needs: Needs, resident: int, workers: int, limit: int | None, peak: int = 0
 ) -> tuple[Way, dict[str, int]]:
-    """The fastest way whose peak is within `limit` bytes, and the peak of every stage; `peak` is what was reached already.
+    """The fastest way whose peak is safely within `limit` bytes, and the peak of every stage; `peak` is what was reached already.
 
     Raises:
         LexigramError: where none is, with the smallest limit that would do.
     """
     least: int | None = None
     for way in _ways(workers):
-        stages = {"plan": peak, **needs.stages(way, resident)}
+        stages = needs.stages(way, resident)
         most = max(stages.values())
-        if limit is None or most <= limit:
-            return way, stages
-        least = most if least is None else min(least, most)
+        wanted = max(peak, most + int(_SHORT * (most - resident)))
+        if limit is None or wanted <= limit:
+            return way, {"plan": peak, **stages}
+        least = wanted if least is None else min(least, wanted)
     worst = max(stages, key=lambda name: stages[name])
     raise LexigramError(
         f"a memory limit of {shown(limit or 0)} is too small: at least {shown(least or 0)} are needed, most to {worst}; give "

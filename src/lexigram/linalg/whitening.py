@@ -55,21 +55,32 @@ def whiten(gram: Tensor) -> Whitening:
     gram = _checked(gram)
     size = gram.shape[0]
     trace = gram.trace()
-    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
     if not trace > 0:
+        identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
         return Whitening(identity, identity.clone(), rank=0, damping=1.0)
+    return _of_full_rank(gram, trace) or _damped(gram, trace)
 
+
+def _of_full_rank(gram: Tensor, trace: Tensor) -> Whitening | None:
+    """By Cholesky's factor; None where that does not certify full rank."""
     lower, failed = torch.linalg.cholesky_ex(gram)
-    if not failed:
-        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-        # trace(G^-1) = ||L^-1||_F^2 >= 1 / lambda_min: a lower bound on the smallest eigenvalue, not an estimate.
-        if 1 / inverse.square().sum() > RANK_TOLERANCE * trace:
-            return Whitening(lower.T.contiguous(), inverse.T.contiguous(), rank=size, damping=0.0)
+    if failed:
+        return None
+    inverse = torch.linalg.solve_triangular(
+        lower, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), upper=False
+    )
+    # trace(G^-1) = ||L^-1||_F^2 >= 1 / lambda_min: a lower bound on the smallest eigenvalue, not an estimate.
+    if not 1 / torch.linalg.vector_norm(inverse).square() > RANK_TOLERANCE * trace:
+        return None
+    return Whitening(lower.T.contiguous(), inverse.T.contiguous(), rank=len(gram), damping=0.0)
 
+
+def _damped(gram: Tensor, trace: Tensor) -> Whitening:
+    """By eigendecomposition."""
     values, vectors = torch.linalg.eigh(gram)
     rank = int((values > RANK_TOLERANCE * trace).sum())
-    # The certificate is a bound, so eigh may still find full rank; then nothing needs to be added.
-    added = 0.0 if rank == size else float(DAMPING * trace)
+    # Cholesky's certificate is a bound, so eigh may still find full rank; then nothing needs to be added.
+    added = 0.0 if rank == len(gram) else float(DAMPING * trace)
     roots = (values.clamp_min(0.0) + added).sqrt()
     return Whitening(roots[:, None] * vectors.T, vectors / roots, rank=rank, damping=added)
 
