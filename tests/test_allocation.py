@@ -524,7 +524,22 @@ def test_a_missing_gram_is_made_again(cache: Path, caches: Path, recipe: Build, 
 def test_damaged_curves_are_named(content: bytes, cache: Path, recipe: Build, tmp_path: Path) -> None:
     [file] = cache.glob("*/curves-*.json")
     file.write_bytes(content)
-    with pytest.raises(LexigramError, match=rf"the curves .*{file.name} cannot be read.*delete the file"):
+    with pytest.raises(
+        LexigramError, match=rf"{file.name} (is not JSON|are not those).*; delete the file and run again"
+    ):
+        compressed(recipe(**CACHED), tmp_path / "out", cache)
+
+
+def test_another_digit_in_the_curves_is_noticed(cache: Path, recipe: Build, tmp_path: Path) -> None:
+    [file] = cache.glob("*/curves-*.json")
+    changed = re.sub(
+        r"(\"bytes\": \d*?)(\d)(,)", lambda found: f"{found[1]}{9 - int(found[2])}{found[3]}", file.read_text(), count=1
+    )
+    assert changed != file.read_text()
+    file.write_text(changed)
+    with pytest.raises(
+        LexigramError, match=rf"the curves .*{file.name} are not those that were written; delete the file"
+    ):
         compressed(recipe(**CACHED), tmp_path / "out", cache)
 
 

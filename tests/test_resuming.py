@@ -346,7 +346,7 @@ def test_workers_change_no_byte(recipe: Build, wanted: dict[str, str], tmp_path:
 # ------------------------------------------------------------------------------------------------------------ real ends
 
 
-def slowly(wanted: Recipe, out: Path) -> None:
+def slowly(wanted: Recipe, out: Path, **options: Any) -> None:
     """A run in a process of its own, whose fits take a while."""
     torch.set_num_threads(1)
 
@@ -355,15 +355,15 @@ def slowly(wanted: Recipe, out: Path) -> None:
         return fit_group(*args)
 
     fitting.fit_group = slow  # type: ignore[attr-defined]
-    lexigram.compress(wanted, out, resume=True)
+    lexigram.compress(wanted, out, resume=True, **options)
 
 
-def killed(recipe: Recipe, out: Path, kills: int, draw: random.Random) -> int:
+def killed(recipe: Recipe, out: Path, kills: int, draw: random.Random, **options: Any) -> int:
     """Kill a run so often, at random moments, and start it again; how many kills met a process at work."""
     met = 0
     context = get_context("fork")
     for _ in range(kills):
-        process = context.Process(target=slowly, args=(recipe, out))
+        process = context.Process(target=slowly, args=(recipe, out), kwargs=options)
         process.start()
         count = _units(out)
         until = time.monotonic() + (draw.uniform(0, 0.5) if draw.random() < 0.5 else 60)
@@ -401,6 +401,21 @@ def test_kills_at_random_moments(kills: int, recipe: Build, tmp_path: Path, requ
     lexigram.compress(recipe(**way), tmp_path / "whole")
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [*WAYS, "cached", "sampled from the model", "two workers"])
+def test_kills_of_every_kind_of_run(way: str, recipe: Build, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    wanted = recipe(**WAYS.get(way, {}), **({"calibration": {"text": ["self"]}} if way.startswith("sampled") else {}))
+    options = {"cached": {"cache": tmp_path / "cache"}, "two workers": {"workers": lexigram.Workers(2)}}.get(way, {})
+    met = killed(wanted, tmp_path / "out", 8, random.Random(way), **options)
+    assert met >= 4
+    if not (tmp_path / "out").exists() or run_folder(tmp_path / "out").exists():
+        lexigram.compress(wanted, tmp_path / "out", resume=True, **options)
+    lexigram.compress(wanted, tmp_path / "whole")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"} | ({"cache"} if way == "cached" else set())
 
 
 @pytest.fixture

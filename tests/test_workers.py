@@ -5,6 +5,7 @@ one test with two of them is not slow.
 """
 
 import gc
+import json
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import Command, toy_folder
 from drawn import correlated, generator, gram_of, normal
 from lexigram import workers
 from lexigram.errors import LexigramError
@@ -523,3 +525,31 @@ def test_ray_gives_the_same_bytes_from_two_nodes(here: dict[str, Made], ray_clus
         assert list(pool.run(abs, [-4])) == [4]
     with pytest.raises(LexigramError, match="2 free cores, too few for 3 workers"):
         Workers(3, "ray", ray_cluster, patience=1.0).__enter__()
+
+
+def check_the_command_gives_the_same_bytes(
+    backend: Backend, address: str, command: Command, words: Path, tmp_path: Path
+) -> None:
+    """`compress` in this process, and on the cluster."""
+    model = toy_folder(tmp_path / "model", "llama")
+    args = ["compress", model, "--method", "svd", "--allocation", "knapsack", "--ratio", 0.4]
+    args += ["-c", words, "--sequences", 4, "--length", 32]
+    for out, more in (("here", ["--workers", 1]), ("there", ["--backend", backend, "--address", address])):
+        said = command(*args, "--out", tmp_path / out, *more)
+        assert said.code == 0, said.error
+    here, there = ((tmp_path / out / "lexigram.safetensors").read_bytes() for out in ("here", "there"))
+    assert here == there
+    peak = json.loads((tmp_path / "there" / "run.json").read_text())["workers_peak_memory_bytes"]
+    assert 10**8 < peak < 10**10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_command_on_a_dask_cluster(command: Command, dask_cluster: str, words: Path, tmp_path: Path) -> None:
+    check_the_command_gives_the_same_bytes("dask", dask_cluster, command, words, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_command_on_a_ray_cluster(command: Command, ray_cluster: str, words: Path, tmp_path: Path) -> None:
+    check_the_command_gives_the_same_bytes("ray", ray_cluster, command, words, tmp_path)

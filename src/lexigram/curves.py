@@ -30,7 +30,7 @@ from lexigram.calibration.store import GramStore
 from lexigram.errors import LexigramError
 from lexigram.factors import DenseSpec, GroupSpec
 from lexigram.gram import Gram
-from lexigram.jsonfiles import write_json
+from lexigram.jsonfiles import read_json, write_json
 from lexigram.methods import (
     AnyMethod,
     Fitted,
@@ -48,7 +48,7 @@ from lexigram.targets import Target, decoder_layers
 from lexigram.tensorfiles import TensorFiles
 from lexigram.workers import Workers
 
-_VERSION = 3
+_VERSION = 4
 """Of what a sketch is: curves that were kept with another one are measured again."""
 
 
@@ -118,7 +118,7 @@ def decide(
     curves = _read(file) or _measured(plan, groups, weight, store, pool, units, progress)
     if recipe.measure == "loss" and not curves.sensitivity:
         curves = curves.model_copy(update={"sensitivity": _sensitivity(plan, model, ids, progress, streaming)})
-    write_json(file, curves.model_dump(mode="json"))
+    _keep(file, curves)
     shutil.rmtree(units, ignore_errors=True)
     amount = budget(plan.targets, recipe.ratio, "bytes").amount
     offered = offers(curves, groups, targets, recipe.measure)
@@ -222,7 +222,7 @@ def _measured(
 ) -> Curves:
     """The curves of all units; each is kept in `folder` as soon as it is measured."""
     targets = {target.name: target for target in plan.targets}
-    files = {tuple(names): folder / f"{_short_hash(names)}.json" for names in groups}
+    files = {tuple(names): folder / f"{_sha256(names)[:16]}.json" for names in groups}
     found = {names: curves for names, file in files.items() if (curves := _read(file)) is not None}
 
     def task(names: tuple[str, ...]) -> MeasureTask:
@@ -235,7 +235,7 @@ def _measured(
             step()
         for curves in pool.run(measured_unit, map(task, [names for names in files if names not in found])):
             names = tuple(curves.outputs)
-            write_json(files[names], curves.model_dump(mode="json"))
+            _keep(files[names], curves)
             found[names] = curves
             step()
     ordered = [found[names] for names in files]
@@ -243,8 +243,8 @@ def _measured(
     return Curves(curves=tuple(curve for curves in ordered for curve in curves.curves), outputs=outputs)
 
 
-def _short_hash(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _curve(seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member]) -> Curve:
@@ -277,17 +277,27 @@ def _sensitivity(
 def _file(plan: Plan, groups: Sequence[Sequence[str]], store: GramStore) -> Path:
     """Where the curves of these groups and this method lie, beside the Grams that decide about them."""
     content = [_VERSION, plan.recipe.method.model_dump(), plan.recipe.seed, [list(names) for names in groups], MEASURED]
-    return store.folder / f"curves-{_short_hash(content)}.json"
+    return store.folder / f"curves-{_sha256(content)[:16]}.json"
 
 
 def _read(file: Path) -> Curves | None:
+    """What `_keep` wrote there."""
     if not file.is_file():
         return None
+    remedy = "delete the file and run again"
+    content = read_json(file, remedy=remedy)
+    if content.pop("sha256", None) != _sha256(content):
+        raise LexigramError(f"the curves {file} are not those that were written; {remedy}")
     try:
-        return Curves.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise LexigramError(f"the curves {file} cannot be read: {reason}; delete the file and run again") from error
+        return Curves.model_validate(content)
+    except ValidationError as error:
+        raise LexigramError(f"the curves {file} cannot be read: {error.errors()[0]['msg']}; {remedy}") from error
+
+
+def _keep(file: Path, curves: Curves) -> None:
+    """With a hash of the content, which is what a later run trusts."""
+    content = curves.model_dump(mode="json")
+    write_json(file, {**content, "sha256": _sha256(content)})
 
 
 def offers(

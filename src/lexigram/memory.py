@@ -24,7 +24,7 @@ _WHITENED = 3  # Grams: one, its factor and inverse
 _BEFORE = 7  # weights in float32 that are there while their Gram is whitened
 _WEIGHTS = 34  # weights in float32: signals in float64, what a decomposition works in, and what is left unused
 _SHORT = 0.2
-"""Of what a run takes beyond the process before it: by so much a peak may be above its prediction, and still be within a limit."""
+"""By this share of what a run adds to the process, its peak may be above the prediction and still be within a limit."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -111,7 +111,7 @@ class Needs:
 def chosen_way(
     needs: Needs, resident: int, workers: int, limit: int | None, peak: int = 0
 ) -> tuple[Way, dict[str, int]]:
-    """The fastest way whose peak is safely within `limit` bytes, and the peak of every stage; `peak` is what was reached already.
+    """The fastest way whose peak is safely within `limit` bytes, and every stage's peak; `peak` is what was reached already.
 
     Raises:
         LexigramError: where none is, with the smallest limit that would do.
@@ -173,20 +173,16 @@ def release() -> None:
 
 def peak_memory_bytes() -> int:
     """The largest resident set of this process so far; 0 where the system does not tell (Windows)."""
-    return _peak("RUSAGE_SELF")
-
-
-def workers_peak_memory_bytes() -> int:
-    """The largest resident set of any process that this one has started and that has ended."""
-    return _peak("RUSAGE_CHILDREN")
-
-
-def _peak(whose: str) -> int:
+    # Linux's getrusage goes on counting from what the process that started this one had; its own record does not.
+    with suppress(OSError):
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
     try:
         import resource
     except ImportError:
         return 0
-    peak = resource.getrusage(getattr(resource, whose)).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 

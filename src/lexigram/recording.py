@@ -15,7 +15,7 @@ from lexigram.allocation.units import Allocation
 from lexigram.calibration.tokens import TokenSequences
 from lexigram.factors import FactorSpec, factor_spec
 from lexigram.headers import file_sha256, read_headers, tensor_sha256
-from lexigram.memory import peak_memory_bytes, workers_peak_memory_bytes
+from lexigram.memory import peak_memory_bytes
 from lexigram.methods import Fitted
 from lexigram.planning import Plan
 from lexigram.records import (
@@ -108,8 +108,9 @@ def run_record(
     allocation: Allocation,
     ledger: Ledger,
     watch: Stopwatch,
+    workers_peak: int = 0,
 ) -> RunRecord:
-    """The content of `run.json`, of a model that lies in `folder`.
+    """The content of `run.json`, of a model that lies in `folder`; `workers_peak` in bytes.
 
     Raises:
         AssertionError: where the files there do not weigh what the ledger says.
@@ -147,7 +148,7 @@ def run_record(
         seconds=watch.seconds,
         peak_memory_bytes=peak_memory_bytes(),
         predicted_memory_bytes=prepared.memory_bytes,
-        workers_peak_memory_bytes=workers_peak_memory_bytes() if prepared.way.workers > 1 else 0,
+        workers_peak_memory_bytes=workers_peak,
         device_peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         stages=watch.stages,
         files=sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),

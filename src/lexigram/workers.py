@@ -30,6 +30,7 @@ from joblib import Parallel, parallel_config
 from joblib.parallel import BatchedCalls, get_active_backend
 
 from lexigram.errors import LexigramError
+from lexigram.memory import peak_memory_bytes
 
 Backend = Literal["loky", "ray", "dask"]
 
@@ -83,6 +84,8 @@ class Workers:
         self.count, self.backend, self.address, self.patience = count, backend, address, patience
         self._stack = ExitStack()
         self._pool: _Pool | None = None
+        self.peak_memory_bytes = 0
+        """The largest resident set of any other process that has ended a task of this one."""
 
     def __enter__(self) -> "Workers":
         self._open()
@@ -124,6 +127,7 @@ class Workers:
                     return
                 outcome = self._next(pool, results)
                 awaited -= 1
+                self.peak_memory_bytes = max(self.peak_memory_bytes, outcome.peak)
                 yield outcome.taken()
         finally:
             if awaited:
@@ -168,11 +172,14 @@ class Workers:
 
 
 class _Outcome(NamedTuple):
-    """What came of a task: its value, or the error that its function raised, and from a worker the traceback in words."""
+    """What came of a task: its value, or the error that its function raised; from a worker the traceback in words, and the
+    peak of its memory in bytes.
+    """
 
     value: Any = None
     error: Exception | None = None
     trace: str | None = None
+    peak: int = 0
 
     def taken(self) -> Any:
         """The value, or the error raised once more."""
@@ -217,7 +224,8 @@ class _Job(Generic[T, R]):
         """
         torch.set_num_threads(1)
         try:
-            return _Outcome(self.function(self.task))
+            value = self.function(self.task)
+            return _Outcome(value, peak=peak_memory_bytes())
         except Exception as error:
             trace = "".join(traceback.format_exception(error))
             return _Outcome(error=_portable(error), trace=trace)

@@ -1,0 +1,82 @@
+"""`lexigram plan` and the estimate of time: what is said before any work, and that nothing is done."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Command, toy_folder
+from lexigram.estimation import estimated_seconds
+from lexigram.planning import plan
+from lexigram.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_folder(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+def recipe(toy: Path, words: Path, **changes: Any) -> Recipe:
+    calibration = {"text": [str(words)], "sequences": 8, "length": 32, **changes.pop("calibration", {})}
+    settings = {"model": str(toy), "method": {"name": "svd"}, "device": "cpu", "compute_dtype": "float32"}
+    return Recipe.parse({**settings, **changes, "calibration": calibration})
+
+
+def test_the_command_says_memory_disk_and_time_and_writes_nothing(
+    command: Command, toy: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = command("plan", toy, "--method", "svd", "-c", words, "--sequences", 8, "--length", 32)
+    assert said.code == 0
+    for stage in ("read the weights", "calibrate", "fit", "save"):
+        assert re.search(rf"│ {stage} +│ +[\d.]+ [MG]B │", said.out), stage
+    for stage in ("calibrate", "fit", "all"):
+        assert re.search(rf"│ {stage} +│ +[\d.]+ [MG]B │ about \d+ s │", said.out), stage
+    assert re.search(r"about [\d.]+ [MG]B of memory, [\d.]+ [kMG]?B on disk; device ", said.out)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--max-ram", "20MiB"], r"a memory limit of 20 MiB is too small: at least .* give --max-ram \d+MiB"),
+        (["--max-ram", "plenty"], "'plenty' is no size of memory"),
+        (["--ratio", "1.5"], "ratio"),
+        (["-c", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_mistakes_are_told(options: list[str], says: str, command: Command, toy: Path, words: Path) -> None:
+    said = command("plan", toy, "--method", "svd", "-c", words, "--sequences", 8, "--length", 32, *options)
+    assert said.code != 0
+    assert re.search(says, said.error), said.error
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({}, {"calibrate", "fit"}),
+        ({"sequential": True}, {"calibrate", "fit"}),
+        ({"group": 2}, {"calibrate", "fit"}),
+        ({"ratio": 0.4, "allocation": "knapsack"}, {"calibrate", "allocate", "fit"}),
+        ({"ratio": 0.4, "method": {"name": "cap", "iterations": 5}}, {"calibrate", "allocate", "fit"}),
+        ({"calibration": {"text": ["self"]}}, {"calibrate", "fit"}),
+    ],
+    ids=str,
+)
+def test_every_stage_that_takes_long_is_estimated(
+    changes: dict[str, Any], stages: set[str], toy: Path, words: Path
+) -> None:
+    found = estimated_seconds(plan(recipe(toy, words, **changes)))
+    assert set(found) == stages
+    assert all(0 <= seconds < 60 for seconds in found.values())
+    assert found["calibrate"] > 0
+
+
+def test_the_estimate_grows_with_the_text(toy: Path, words: Path) -> None:
+    """A hundred times the tokens; the measurement is of a batch, so it does not take longer itself."""
+    few, many = (
+        estimated_seconds(plan(recipe(toy, words, calibration={"sequences": count, "length": 16})))["calibrate"]
+        for count in (1, 100)
+    )
+    assert 5 * few < many
