@@ -1,6 +1,8 @@
-"""What streaming costs, what workers bring, and how well memory is predicted and kept: `demo` compressed in several ways.
+"""What streaming costs, what workers bring, and how well memory and time are predicted: `demo` compressed in several ways.
 
-Each run is a process of its own, one after the other; seconds are compared as ratios within this one run. Run from anywhere:
+Each run is a process of its own, one after the other; seconds are compared as ratios within this one run. Then `demo`, and a
+model of random weights more than three times as large as its limit, are compressed under limits that the system enforces. Run
+from anywhere:
 
     python benchmarks/running.py
     python benchmarks/running.py --sequences 32 --method cospadi
@@ -8,6 +10,7 @@ Each run is a process of its own, one after the other; seconds are compared as r
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -16,8 +19,11 @@ from typing import Any
 
 from recording import DATA, write
 
+import lexigram
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from limits import compress_within
+from test_memory import random_model, settings
 
 MIB = 2**20
 
@@ -25,6 +31,7 @@ RUN = """
 import json, sys
 from dataclasses import replace
 import lexigram
+from lexigram.estimation import estimated_seconds
 from lexigram.memory import Way
 from lexigram.planning import plan
 from lexigram.recipe import Recipe
@@ -38,9 +45,11 @@ if held:
     Source.opened = hold
 prepared = plan(Recipe.parse(recipe), workers=workers)
 prepared = replace(prepared, way=Way(workers, spills))
+estimated = estimated_seconds(prepared)
 record = lexigram.compress(prepared.recipe, out, prepared=prepared)
 print(json.dumps({
     "seconds": {name: cost.seconds for name, cost in record.stages.items()},
+    "estimated_seconds": estimated,
     "peak_memory_bytes": record.peak_memory_bytes,
     "workers_peak_memory_bytes": record.workers_peak_memory_bytes,
     "tensors_sha256": record.tensors_sha256,
@@ -54,6 +63,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="of 1024 tokens each, for calibration")
     parser.add_argument("--method", default="cospadi")
     parser.add_argument("--limits", type=int, nargs="*", default=[1229, 800], help="MiB, for `demo`")
+    parser.add_argument("--large", type=int, default=700, help="MiB, for a model of 2.2 GB in float32")
     options = parser.parse_args()
     text = str(DATA / "c4" / "c4.txt")
     recipe = {
@@ -81,6 +91,7 @@ def main() -> None:
             name: under(each, Path(folder) / f"free-{name}", None)
             for name, each in {"demo": recipe, "stories260K": stories}.items()
         }
+        large = larger_than_memory(Path(folder), options.large)
     basis = found["all in memory"]["seconds"]
     content = {
         "sequences": options.sequences,
@@ -94,6 +105,7 @@ def main() -> None:
         },
         "same_bytes": all(each == hashes[0] for each in hashes),
         "under_a_limit_in_mib": limited,
+        "larger_than_memory": large,
         "predicted": predicted,
     }
     print(json.dumps(content, indent=1))
@@ -120,6 +132,20 @@ def under(recipe: dict[str, Any], out: Path, limit: int | None) -> dict[str, Any
     print(out.name, "done", flush=True)
     found = json.loads(ended.out) if ended.code == 0 else {"error": ended.err.strip().splitlines()[-1]}
     return {"by": ended.by, "code": ended.code, **found}
+
+
+def larger_than_memory(folder: Path, limit: int) -> dict[str, Any]:
+    """A Llama of random float32 weights, all of whose linear layers are compressed under a limit in MiB, and loaded."""
+    sizes = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 8}
+    draw = random.Random(0)
+    words = folder / "words.txt"
+    words.write_text(" ".join(f"w{draw.randrange(196)}" for _ in range(2000)))
+    model = random_model(folder / "large", **sizes)
+    dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    found = under(settings(model, words), folder / "large-out", limit)
+    if found["code"] == 0:
+        found["loads"] = len(lexigram.load(folder / "large-out").state_dict()) > 0
+    return {**sizes, "limit_mib": limit, "dense_bytes": dense, "over_the_limit": dense / (limit * MIB), **found}
 
 
 if __name__ == "__main__":

@@ -93,22 +93,23 @@ class LowRankSparseConfig(MethodConfig):
 @layout.register
 def _(config: LowRankSparseConfig, shape: tuple[int, int], budget: Budget) -> FactorSpec:
     """Few values may cost more in integers, with their scale, than in bfloat16: the best bits of those that fit."""
+    offered = _BITS if config.value_bits is None else (config.value_bits,)
+    if budget.unit == "parameters" and config.value_bits is None:  # of any bits they cost the same
+        offered = (16,)
     too_small: list[BudgetTooSmallError] = []
-    ranked: list[ValueBits]
-    if config.value_bits is not None:
-        ranked = [config.value_bits]
-    elif budget.unit == "parameters":  # of any bits they cost the same
-        ranked = [16]
-    else:
-        ranked = _ranked_bits(8 * budget.amount / (shape[0] * shape[1]), config.value_group)
-    for bits in ranked:
+    found: list[tuple[float, FactorSpec]] = []
+    for bits in offered:
         try:
-            return largest_sum(
+            spec = largest_sum(
                 shape, budget, config.rank_share or 0.0, bits, config.value_group, low_rank_bits=_low_rank_bits(bits)
             )
         except BudgetTooSmallError as error:
             too_small.append(error)
-    raise min(too_small, key=lambda error: error.needed)
+        else:
+            found.append((_lost(spec, bits), spec))
+    if not found:
+        raise min(too_small, key=lambda error: error.needed)
+    return min(found, key=lambda each: each[0])[1]
 
 
 @variants.register
@@ -194,18 +195,13 @@ def _low_rank_bits(bits: ValueBits) -> ValueBits:
     return bits if bits > 8 else 8
 
 
-def _ranked_bits(bits_a_weight: float, group: int) -> list[ValueBits]:
-    """The bits of a value, those first that lose least where so many bits a weight are spent on a bitmask and values.
+def _lost(spec: FactorSpec, bits: ValueBits) -> float:
+    """The share of the energy of normally distributed weights that is lost where so many entries are kept, in so many bits.
 
-    Of normally distributed weights: what is dropped loses ``erf(t) - 2 t exp(-t^2) / sqrt(pi)`` of the energy, with ``erf(t)``
-    the share that is dropped, and rounding to b bits over six deviations some ``3 / 4^b`` of what is kept.
+    What is dropped is ``erf(t) - 2 t exp(-t^2) / sqrt(pi)`` of the energy, with ``erf(t)`` the share that is dropped; rounding
+    to b bits over six deviations loses some ``3 / 4^b`` of what is kept.
     """
-
-    def lost(bits: ValueBits) -> float:
-        a_value = bits if bits >= 10 else bits + (16 + bits) / group
-        dropped = min(max(1 - (bits_a_weight - 1) / a_value, 0.0), 1 - 1e-9)
-        t = float(torch.erfinv(torch.tensor(dropped, dtype=torch.float64)))
-        energy = dropped - 2 * t * math.exp(-t * t) / math.sqrt(math.pi)
-        return _REFITTED * energy + 3 * 4.0**-bits
-
-    return sorted(_BITS, key=lost)
+    dropped = min(1 - sizes(spec)[1] / (spec.rows * spec.cols), 1 - 1e-9)
+    t = float(torch.erfinv(torch.tensor(dropped, dtype=torch.float64)))
+    energy = dropped - 2 * t * math.exp(-t * t) / math.sqrt(math.pi)
+    return _REFITTED * energy + 3 * 4.0**-bits
