@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 import lexigram
 from conftest import Command, build_toy, contents, toy_folder, words_tokenizer
 from drawn import generator, normal
+from endings import Stop, StopAt
 from lexigram import HealingSettings, LexigramError, Recipe, RunRecord, distillation, training
 from lexigram.distillation import Objective, recomputing
 from lexigram.factors import (
@@ -584,30 +584,6 @@ def test_healing_lowers_the_loss_of_a_trained_model(stories: Path, data: Path, t
 # ------------------------------------------------------------------------------------------------------------ ended early
 
 
-class Stop(Exception):  # noqa: N818 - it stands for whatever ends a process
-    """A run's end."""
-
-
-class StopAt:
-    """Progress that ends the run at the n-th step of the training."""
-
-    def __init__(self, at: int, act: Callable[[], None]) -> None:
-        self.left, self.act = at, act
-
-    @contextmanager
-    def stage(self, name: str, _total: int) -> Iterator[Callable[[], None]]:
-        yield self.step if name == "heal" else lambda: None
-
-    def step(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.act()
-
-
-def fail() -> None:
-    raise Stop
-
-
 @pytest.mark.parametrize("ends", [[3], [2, 5], [1, 4, 6]])
 def test_a_training_that_ended_anywhere_ends_in_the_same_bytes(
     ends: list[int], small: Path, words: Path, tmp_path: Path
@@ -615,7 +591,7 @@ def test_a_training_that_ended_anywhere_ends_in_the_same_bytes(
     """The step before which it ended, counted from the beginning of each run."""
     for at in ends:
         with pytest.raises(Stop):
-            healed(small, tmp_path / "out", quick(words, steps=8), resume=True, progress=StopAt(at, fail))
+            healed(small, tmp_path / "out", quick(words, steps=8), resume=True, progress=StopAt(at, of="heal"))
         assert not (tmp_path / "out").exists()
     record = healed(small, tmp_path / "out", quick(words, steps=8), resume=True)
     whole = healed(small, tmp_path / "whole", quick(words, steps=8))
@@ -628,7 +604,7 @@ def test_a_training_that_ended_anywhere_ends_in_the_same_bytes(
 def test_ctrl_c_keeps_the_step(small: Path, words: Path, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        stop = StopAt(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        stop = StopAt(3, lambda: os.kill(os.getpid(), signal.SIGINT), of="heal")
         with pytest.raises(KeyboardInterrupt):
             healed(small, tmp_path / "out", quick(words, save_every=100), progress=stop)
     finally:
@@ -643,7 +619,7 @@ def test_ctrl_c_keeps_the_step(small: Path, words: Path, tmp_path: Path) -> None
 
 def unfinished(small: Path, words: Path, out: Path) -> Path:
     with pytest.raises(Stop):
-        healed(small, out, quick(words), progress=StopAt(5, fail))
+        healed(small, out, quick(words), progress=StopAt(5, of="heal"))
     return run_folder(out)
 
 
@@ -806,7 +782,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(small: Path
         (full, "exists and is not empty"),
     ):
         with pytest.raises(LexigramError, match=says):
-            healed(small, out, quick(words), progress=StopAt(1, fail))
+            healed(small, out, quick(words), progress=StopAt(1, of="heal"))
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,42 @@ def test_what_a_config_may_not_ask_for(changes: dict[str, Any], says: str, folde
     assert not (folder / PWNED).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, r"says num_hidden_layers: 1e\+09, and the weight files hold \d+ tensors"),
+        ({"num_labels": 10**9}, r"says num_labels: 1e\+09"),
+        ({"vocab_size": 10**12}, "."),
+        ({"hidden_size": 10**9}, "."),
+        ({"num_hidden_layers": 200}, "."),
+        ({"num_hidden_layers": -1}, "."),
+        ({"tie_word_embeddings": True, "vocab_size": 2**40}, "."),
+        ({"attn_implementation": "someone/kernel"}, "asks for code from elsewhere"),
+        ({"fusion_config": {"x": True}}, "fusion_config, which replaces code"),
+        ({"model_type": "zork", "auto_map": {"AutoConfig": "evil.Evil"}}, "."),
+        ({"model_type": "a\nb"}, "."),
+    ],
+    ids=str,
+)
+def test_an_original_is_data_too(
+    changes: dict[str, Any], says: str, folders: dict[str, Path], words: Path, tmp_path: Path, command: Command
+) -> None:
+    """A folder that is to be compressed, or evaluated; soon, in a sentence, and nothing is written."""
+    model = Path(shutil.copytree(folders["int4"].parent / "toy", tmp_path / "toy"))
+    edit(model, "config.json", **changes)
+    (model / "evil.py").write_text(f"open({str(model / PWNED)!r}, 'w')\nclass Evil: pass\n")
+    text = ["--sequences", 4, "--length", 32, "-c", words]
+    for args in (["compress", model, "--out", tmp_path / "out", *text], ["plan", model, *text], ["eval", model]):
+        start = time.perf_counter()
+        said = command(*args, *(["--text", words] if args[0] == "eval" else []))
+        assert said.code == 1
+        assert len(said.error.splitlines()) == 1
+        assert re.search(says, said.error), said.error
+        assert time.perf_counter() - start < 20
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+    assert not (model / PWNED).exists()
+
+
 def test_a_model_of_too_many_parts_is_not_built() -> None:
     with pytest.raises(LexigramError, match="far more parts than the 3 tensors"), Frugal(3), torch.device("meta"):
         nn.ModuleList(nn.Linear(1, 1) for _ in range(10**7))

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexigram
 from conftest import toy_folder
+from endings import Stop, StopAt
 from lexigram import LexigramError, Recipe, fitting
 from lexigram.allocation.units import Unit
 from lexigram.methods import Fitted, fit_group
@@ -73,30 +73,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-class Stop(Exception):  # noqa: N818 - it stands for whatever ends a process
-    """A run's end."""
-
-
-class StopAt:
-    """Progress that ends the run at the n-th step of all."""
-
-    def __init__(self, at: int, act: Callable[[], None]) -> None:
-        self.left, self.act = at, act
-
-    @contextmanager
-    def stage(self, _name: str, total: int) -> Iterator[Callable[[], None]]:
-        yield self.step
-
-    def step(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.act()
-
-
-def fail() -> None:
-    raise Stop
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_ended_anywhere_ends_in_the_same_bytes(
     way: str, recipe: Build, wanted: dict[str, str], tmp_path: Path
@@ -106,7 +82,7 @@ def test_a_run_that_ended_anywhere_ends_in_the_same_bytes(
     while True:
         at = draw.randint(22, 36) if ends < 4 else draw.randint(1, 90)
         try:
-            lexigram.compress(recipe(**WAYS[way]), out, resume=True, progress=StopAt(at, fail))
+            lexigram.compress(recipe(**WAYS[way]), out, resume=True, progress=StopAt(at))
             break
         except Stop:
             ends += 1
@@ -166,7 +142,7 @@ def test_a_kill_between_two_renames_loses_no_earlier_result(
             lexigram.compress(recipe(), tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out").exists()
     with pytest.raises(Stop):
-        lexigram.compress(recipe(), tmp_path / "out", overwrite=True, resume=True, progress=StopAt(36, fail))
+        lexigram.compress(recipe(), tmp_path / "out", overwrite=True, resume=True, progress=StopAt(36))
     assert digest(tmp_path / "out") == before
     lexigram.compress(recipe(), tmp_path / "out", overwrite=True, resume=True)
     assert digest(tmp_path / "out") == wanted["streamed"]
@@ -175,7 +151,7 @@ def test_a_kill_between_two_renames_loses_no_earlier_result(
 
 def test_a_flipped_bit_in_a_gram_is_named(recipe: Build, tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        lexigram.compress(recipe(**WAYS["knapsack"]), tmp_path / "out", progress=StopAt(30, fail))
+        lexigram.compress(recipe(**WAYS["knapsack"]), tmp_path / "out", progress=StopAt(30))
     file = sorted((tmp_path / "out.unfinished" / "grams").glob("*.safetensors"))[0]
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -194,7 +170,7 @@ def test_no_unit_is_fitted_twice(recipe: Build, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("lexigram.pipeline.fitted", note)
     for at in (27, 33, 1000):  # 21 tensors are read first
         try:
-            lexigram.compress(recipe(), tmp_path / "out", resume=True, progress=StopAt(at, fail))
+            lexigram.compress(recipe(), tmp_path / "out", resume=True, progress=StopAt(at))
         except Stop:
             assert not (tmp_path / "out").exists()
     assert (tmp_path / "out").is_dir()
@@ -219,7 +195,7 @@ def test_a_run_of_something_else_is_refused_with_the_difference(
     changes: dict[str, Any], says: str, recipe: Build, tmp_path: Path
 ) -> None:
     with pytest.raises(Stop):
-        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27, fail))
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27))
     before = (tmp_path / "out.unfinished" / MANIFEST).read_bytes()
     with pytest.raises(LexigramError, match=f"out.unfinished {says}"):
         lexigram.compress(recipe(**changes), tmp_path / "out", resume=True)
@@ -231,10 +207,10 @@ def test_other_weights_and_other_versions_are_refused(
 ) -> None:
     other = shutil.copytree(toy, tmp_path / "model")
     with pytest.raises(Stop):
-        lexigram.compress(recipe(model=str(other)), tmp_path / "out", progress=StopAt(27, fail))
+        lexigram.compress(recipe(model=str(other)), tmp_path / "out", progress=StopAt(27))
     lexigram.compress(recipe(model=str(toy)), tmp_path / "out", resume=True)  # the same model elsewhere
     with pytest.raises(Stop):
-        lexigram.compress(recipe(model=str(other)), tmp_path / "next", progress=StopAt(27, fail))
+        lexigram.compress(recipe(model=str(other)), tmp_path / "next", progress=StopAt(27))
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-100] ^= 1
     (other / "model.safetensors").write_bytes(content)
@@ -248,7 +224,7 @@ def test_other_weights_and_other_versions_are_refused(
 
 def test_without_resume_an_unfinished_run_is_left_alone(recipe: Build, tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27, fail))
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27))
     with pytest.raises(
         LexigramError, match=r"holds an unfinished run of \d+ fitted .*; go on with --resume, or delete"
     ):
@@ -263,7 +239,7 @@ def test_resume_without_anything_to_go_on_with_is_a_run(recipe: Build, wanted: d
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "gone", "empty"])
 def test_a_damaged_unit_is_fitted_again(damage: str, recipe: Build, wanted: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(30, fail))
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(30))
     file = sorted((tmp_path / "out.unfinished" / "objects").iterdir())[0]
     content = bytearray(file.read_bytes())
     if damage == "gone":
@@ -280,7 +256,7 @@ def test_a_damaged_unit_is_fitted_again(damage: str, recipe: Build, wanted: dict
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b'{"identity": 3}', b"[]"])
 def test_a_damaged_manifest_is_named(content: bytes, recipe: Build, tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27, fail))
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27))
     (tmp_path / "out.unfinished" / MANIFEST).write_bytes(content)
     with pytest.raises(LexigramError, match=r"manifest\.json cannot be read; delete .*out\.unfinished and run again"):
         lexigram.compress(recipe(), tmp_path / "out", resume=True)
@@ -288,13 +264,13 @@ def test_a_damaged_manifest_is_named(content: bytes, recipe: Build, tmp_path: Pa
 
 def test_two_runs_on_one_folder(recipe: Build, tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27, fail))
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(27))
     manifest = json.loads((tmp_path / "out.unfinished" / MANIFEST).read_text())
     with (
         opened(tmp_path / "out", manifest["identity"], resume=True),
         pytest.raises(LexigramError, match=r"another run works on .*out\.unfinished; wait for it"),
     ):
-        lexigram.compress(recipe(), tmp_path / "out", resume=True)
+        lexigram.compress(recipe(), tmp_path / "out", resume=True, progress=StopAt(1))
 
 
 def test_ctrl_c_finishes_the_matrix(
@@ -338,7 +314,7 @@ def test_ctrl_c_finishes_the_matrix(
 
 def test_workers_change_no_byte(recipe: Build, wanted: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(25, fail), workers=lexigram.Workers(2))
+        lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(25), workers=lexigram.Workers(2))
     lexigram.compress(recipe(), tmp_path / "out", resume=True, workers=lexigram.Workers(2))
     assert digest(tmp_path / "out") == wanted["streamed"]
 

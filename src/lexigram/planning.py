@@ -19,7 +19,8 @@ from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
-from lexigram.factors import FactorSpec
+from lexigram.factors import LONGEST, FactorSpec
+from lexigram.folders import CONFIG
 from lexigram.memory import Needs, Way, chosen_way, peak_memory_bytes, resident_bytes
 from lexigram.methods.base import chooses, couples
 from lexigram.methods.cap import needs_model
@@ -148,6 +149,11 @@ def plan(
     _check_cache(cache)
     skeleton = source.skeleton()
     targets = find_targets(skeleton, recipe.include, recipe.exclude)
+    for target in targets:
+        if max(target.shape) > LONGEST:
+            raise LexigramError(
+                f"{target.name} has the shape {target.shape} by {CONFIG}, more than {LONGEST} rows or columns; check the model"
+            )
     groups = _groups(recipe, skeleton, targets)
     allocation = _allocation(recipe, targets, groups)
     length = _length(recipe, config)

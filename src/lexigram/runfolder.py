@@ -155,6 +155,13 @@ def finished(out: Path) -> bool:
     return True
 
 
+def check_idle(out: Path) -> None:
+    """Raise LexigramError where another process works on the run that is to become `out`: before anything that takes long."""
+    if (run_folder(out) / _LOCK).exists():
+        with _locked(run_folder(out)):
+            pass
+
+
 @contextmanager
 def opened(out: Path, identity: Mapping[str, str], *, resume: bool) -> Iterator[RunFolder]:
     """The folder of the run that is to become `out`, locked.

@@ -193,11 +193,8 @@ class Source:
         return torch.float32 if self.gguf is not None or named is None else named
 
     def _structure(self, config: Any, **options: Any) -> PreTrainedModel:
-        stored = len(self._headers()) if Path(self.path).is_dir() else 0
-        if stored:
-            check_config(Path(self.path), read_config(Path(self.path)), stored)
         try:
-            with opening(f"{self.name} cannot be built", self._remedy(), passing=ValueError), Frugal(stored or _MANY):
+            with opening(f"{self.name} cannot be built", self._remedy(), passing=ValueError), Frugal(self._checked()):
                 return AutoModelForCausalLM.from_config(config, **options)
         except ValueError as error:
             raise LexigramError(
@@ -215,7 +212,8 @@ class Source:
         index = cached_file(self.path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
         if index is None:
             return {}
-        files, _ = self._open(lambda path, **_: get_checkpoint_shard_files(path, index), "weights")
+        with opening(f"cannot open the weights of {self.name}", self._remedy()):
+            files, _ = get_checkpoint_shard_files(self.path, index)
         return file_tensors(*map(Path, files))
 
     def _headers(self) -> dict[str, FileTensor]:
@@ -229,10 +227,23 @@ class Source:
         """What transformers takes where the config says nothing: that of the first tensor of floats."""
         return next((tensor.dtype for tensor in self._stored().values() if tensor.dtype.is_floating_point), None)
 
+    def _checked(self) -> int:
+        """How many tensors the files hold, or more than any model has; before transformers looks into a folder.
+
+        Raises:
+            LexigramError: for a config that asks for code, or for far more than the files hold.
+        """
+        if self.gguf is not None or not Path(self.path).is_dir():
+            return _MANY
+        tensors = len(self._headers()) or _MANY
+        check_config(Path(self.path), read_config(Path(self.path)), tensors)
+        return tensors
+
     def _open(self, opener: Any, what: str, **options: Any) -> Any:
+        tensors = self._checked()
         if self.gguf is not None:
             options["gguf_file"] = self.gguf
-        with opening(f"cannot open the {what} of {self.name}", self._remedy()):
+        with opening(f"cannot open the {what} of {self.name}", self._remedy()), Frugal(tensors):
             return opener(self.path, trust_remote_code=False, **options)
 
     def _remedy(self) -> str:

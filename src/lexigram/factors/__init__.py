@@ -7,6 +7,7 @@ from lexigram.factors.codecs import Bfloat, Codec, Grid, Integer, StoredTensor, 
 from lexigram.factors.forms import Dense, Factor, Product, Shared, Sparse, Sum, empty, encode, with_leaves
 from lexigram.factors.indices import IndexName, in_blocks
 from lexigram.factors.specs import (
+    LONGEST,
     DenseSpec,
     FactorSpec,
     GroupSpec,
@@ -21,6 +22,7 @@ from lexigram.factors.specs import (
 from lexigram.factors.training import TrainableLeaf
 
 __all__ = [
+    "LONGEST",
     "Bfloat",
     "Codec",
     "Dense",

@@ -16,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from lexigram.factors.codecs import Bfloat, Codec, StoredTensor
 from lexigram.factors.indices import INDICES, Index, IndexName
 
-Dimension = Annotated[int, Field(ge=1, le=2**24)]
+LONGEST = 2**24
+"""Rows or columns that a matrix may have."""
+
+Dimension = Annotated[int, Field(ge=1, le=LONGEST)]
 SharedName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
