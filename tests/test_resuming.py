@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lexigram.allocation.units import Unit
 from lexigram.methods import Fitted, fit_group
 from lexigram.runfolder import MANIFEST, opened, run_folder
 from lexigram.source import Source
+from lexigram.transformers_io.writing import write_model
 
 WEIGHTS = "lexigram.safetensors"
 Build = Callable[..., Recipe]
@@ -104,6 +106,30 @@ def test_sharded_weights_are_read_shard_by_shard(
     assert weights.held_bytes == 0
     lexigram.compress(recipe(model=str(tmp_path / "model")), tmp_path / "out")
     assert digest(tmp_path / "out") == wanted["streamed"]
+
+
+def test_a_result_in_several_files_is_the_same_model(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small files stand for those of a model beyond the 5 GB that one file holds; `verify` reads them, too."""
+    wanted = recipe(method={"name": "cospadi", "iterations": 2}, group=2)
+    lexigram.compress(wanted, tmp_path / "one")
+    with monkeypatch.context() as patched:
+        patched.setattr("lexigram.pipeline.write_model", partial(write_model, shard_bytes=40_000))
+        lexigram.compress(wanted, tmp_path / "many")
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(file.stat().st_size < 60_000 for file in files)
+    one, many = (lexigram.load(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[key], many[key]) for key in one)
+    ordinary = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
+    assert all(torch.equal(one[key], ordinary[key]) for key in one)
+    assert lexigram.verify(tmp_path / "many").passed
+    content = bytearray(files[1].read_bytes())
+    content[-1] ^= 1
+    files[1].write_bytes(content)
+    assert not lexigram.verify(tmp_path / "many").passed
 
 
 def test_a_kill_after_the_last_rename(
