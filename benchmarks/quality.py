@@ -78,6 +78,7 @@ ROWS: dict[str, list[str]] = {
 }
 """What distinguishes the rows; `quantize` has its own bytes whatever the ratio."""
 
+WIKITEXT = DATA / "wikitext-2-raw" / "wiki.test.raw"
 CALIBRATION = {"c4": "c4/c4.txt", "wikitext": "wikitext-2-raw/wiki.valid.raw"}
 
 
@@ -96,8 +97,8 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as folder:
-        work = options.work or Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
         dense = evaluate("demo", work / "dense.json", options.windows, ["--dtype", "bfloat16"])
         rows: list[dict[str, Any]] = []
         for ratio in options.ratios:
@@ -116,7 +117,7 @@ def row(
     work: Path, name: str, ratio: float, seed: int, windows: int, dense: dict[str, Any], calibration: list[str]
 ) -> dict[str, Any]:
     """Compress and evaluate once."""
-    out = work / f"{name.replace(', ', '-').replace(' ', '_')}-{ratio}-{seed}"
+    out = folder(work, name, ratio, seed)
     arguments = [
         "compress",
         "demo",
@@ -150,10 +151,25 @@ def row(
     }
 
 
-def evaluate(model: str, file: Path, windows: int, more: list[str]) -> dict[str, Any]:
-    """WikiText-2 test at context 1024, the first `windows` windows."""
-    text = str(DATA / "wikitext-2-raw" / "wiki.test.raw")
-    arguments = ["eval", model, "--text", text, "--context", "1024", "--windows", str(windows), "--json", str(file)]
+def folder(work: Path, name: str, ratio: float, seed: int) -> Path:
+    """Where the model of a row lies."""
+    return work / f"{name.replace(', ', '-').replace(' ', '_')}-{ratio}-{seed}"
+
+
+def evaluate(model: str, file: Path, windows: int, more: list[str], text: Path = WIKITEXT) -> dict[str, Any]:
+    """A text, by default WikiText-2 test, at context 1024, the first `windows` windows."""
+    arguments = [
+        "eval",
+        model,
+        "--text",
+        str(text),
+        "--context",
+        "1024",
+        "--windows",
+        str(windows),
+        "--json",
+        str(file),
+    ]
     if not file.exists():
         lexigram([*arguments, *more])
     return dict(json.loads(file.read_text()))
