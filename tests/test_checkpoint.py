@@ -527,6 +527,7 @@ assert torch.equal(found, expected), (found - expected).abs().max()
 """
 
 
+@pytest.mark.slow
 def test_an_exported_model_needs_no_lexigram(data: Path, tmp_path: Path) -> None:
     """Also without a tokenizer, which `save_pretrained` of a model does not write."""
     torch.set_num_threads(1)

@@ -555,6 +555,7 @@ def test_the_clock_ends_a_training(small: Path, words: Path, tmp_path: Path) -> 
     assert healing.seconds >= 0.6
 
 
+@pytest.mark.slow
 def test_healing_lowers_the_loss_of_a_trained_model(stories: Path, data: Path, tmp_path: Path) -> None:
     """Compressed hard, a few dozen steps; held-out perplexity comes from the evaluation, on other sequences."""
     text = data / "tinystories" / "tinystories.txt"

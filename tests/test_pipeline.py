@@ -123,6 +123,10 @@ def file_tensors(file: Path) -> dict[str, bytes]:
     return {name: data[slice(*entry["data_offsets"])] for name, entry in header.items()}
 
 
+LONG = {"lowrank-sparse": pytest.mark.slow}
+"""It measures every layer in a dozen forms."""
+
+
 def perplexity(model: Path | Any, text: str, **options: Any) -> float:
     """On the last part of the text, which no calibration here has seen."""
     if isinstance(model, Path):
@@ -133,7 +137,7 @@ def perplexity(model: Path | Any, text: str, **options: Any) -> float:
     return result.token_perplexity
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(name, marks=LONG.get(name, ())) for name in METHODS])
 class TestEveryMethod:
     def test_the_folder_is_complete_and_its_record_is_what_was_returned(
         self, method: str, run: Callable[..., Run]
@@ -287,6 +291,7 @@ def test_quantize_keeps_the_ratio_in_steps(ratio: float, recipe: Callable[..., R
     assert ratio <= 1 - prepared.bytes_after / prepared.bytes_before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options", "ratios"),
     [
@@ -318,6 +323,7 @@ def _dense(stories: Path) -> tuple[Any, Any]:
     return source.model(), source.tokenizer()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "forms", "ratio"), [(16, [PAPER], 0.3), (8, [INT8, {}], 0.6)])
 def test_calibrated_low_rank_beats_plain_and_dictionaries_beat_both(
     bits: int, forms: list[dict[str, Any]], ratio: float, run: Callable[..., Run], text: str

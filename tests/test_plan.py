@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import Command, toy_folder
+from lexigram import estimation
 from lexigram.estimation import estimated_seconds
 from lexigram.planning import plan
 from lexigram.recipe import Recipe
@@ -73,10 +74,14 @@ def test_every_stage_that_takes_long_is_estimated(
     assert found["calibrate"] > 0
 
 
-def test_the_estimate_grows_with_the_text(toy: Path, words: Path) -> None:
-    """A hundred times the tokens; the measurement is of a batch, so it does not take longer itself."""
-    few, many = (
-        estimated_seconds(plan(recipe(toy, words, calibration={"sequences": count, "length": 16})))["calibrate"]
-        for count in (1, 100)
-    )
-    assert 5 * few < many
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_estimate_is_what_is_measured_times_what_there_is(
+    sequential: bool, toy: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is measured takes a second: all 8 sequences through a layer, and a fit of one of the smallest matrices."""
+    monkeypatch.setattr(estimation, "_timed", lambda function: (1.0, function()))
+    prepared = plan(recipe(toy, words, sequential=sequential), workers=1)
+    sizes = [target.weight_count for target in prepared.targets]
+    found = estimated_seconds(prepared)
+    assert found["calibrate"] == pytest.approx(2 * (1 + sequential))  # layers
+    assert found["fit"] == pytest.approx(sum(sizes) / min(sizes) * (max(sizes) / min(sizes)) ** 0.1)

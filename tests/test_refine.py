@@ -247,7 +247,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "lowrank-sparse" else ()) for name in RUNS]
+)
 def test_a_refined_run_keeps_the_budget_repeats_and_replays(name: str, recipe: Build, tmp_path: Path) -> None:
     settings = recipe(refine=2, **RUNS[name])
     told = Told()

@@ -338,6 +338,7 @@ def test_ctrl_c_finishes_the_matrix(
     assert digest(tmp_path / "out") == wanted["streamed"]
 
 
+@pytest.mark.slow
 def test_workers_change_no_byte(recipe: Build, wanted: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(Stop):
         lexigram.compress(recipe(), tmp_path / "out", progress=StopAt(25), workers=lexigram.Workers(2))

@@ -281,6 +281,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_compressed_from_the_hubs_cache_and_the_result_can_be_one_itself(
     hub: HubCache, words: Path, tmp_path: Path
 ) -> None:
