@@ -1,6 +1,7 @@
 """Results of `quality.py` as one Markdown table: rows down, ratios across, a perplexity for each calibration seed.
 
-python benchmarks/table.py results/quality-variants-*.json
+    python benchmarks/table.py results/quality-variants-*.json
+    python benchmarks/table.py results/quality-*.json --rows wanda oats cospadi --plot results/quality.svg
 """
 
 import argparse
@@ -8,13 +9,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lexigram.comparison import plot
+from lexigram.comparison.table import DENSE, Row
+
 
 def main() -> None:
-    """Read, arrange, print."""
+    """Read, arrange, print; and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
-    runs = [json.loads(file.read_text()) for file in parser.parse_args().files]
-    print(table([row for run in runs for row in run["rows"]]))
+    parser.add_argument("--rows", nargs="+", help="only these, in this order")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="perplexity against stored bits a weight, as a picture")
+    options = parser.parse_args()
+    runs = [json.loads(file.read_text()) for file in options.files]
+    measured = {(row["row"], row["requested_ratio"], row["calibration_seed"]): row for run in runs for row in run["rows"]}
+    rows = list(measured.values())  # what was measured twice stands once
+    if options.rows:
+        rows = [row for name in options.rows for row in rows if row["row"] == name]
+    print(table(rows))
+    if options.plot:
+        dense = Row(label=DENSE, recipe=DENSE, token_perplexity=runs[0]["dense"]["token_perplexity"])
+        plot.draw([dense, *map(_point, rows)], "SmolLM2-135M-Instruct, WikiText-2 test", [options.plot])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -30,6 +44,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         lines.append([name, *(_cell([row for row in mine if row["requested_ratio"] == ratio]) for ratio in ratios)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _point(row: dict[str, Any]) -> Row:
+    keys = ("requested_ratio", "calibration_seed", "bits_per_weight", "token_perplexity")
+    recipe = row["row"].removesuffix(f" int{int(row['bits_per_weight'])}")  # one line for all bits of `quantize`
+    return Row(label=row["row"], recipe=recipe, **{key: row[key] for key in keys})
 
 
 def _cell(rows: list[dict[str, Any]]) -> str:
