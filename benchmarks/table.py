@@ -1,7 +1,7 @@
 """Results of `quality.py` as one Markdown table: rows down, ratios across, a perplexity for each calibration seed.
 
-    python benchmarks/table.py results/quality-variants-*.json
-    python benchmarks/table.py results/quality-*.json --rows wanda oats cospadi --plot results/quality.svg
+python benchmarks/table.py results/quality-variants-*.json
+python benchmarks/table.py results/quality-*.json --rows wanda oats cospadi --plot results/quality.svg
 """
 
 import argparse
@@ -18,10 +18,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--rows", nargs="+", help="only these, in this order")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="perplexity against stored bits a weight, as a picture")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="perplexity against stored bits a weight, as a picture"
+    )
     options = parser.parse_args()
     runs = [json.loads(file.read_text()) for file in options.files]
-    measured = {(row["row"], row["requested_ratio"], row["calibration_seed"]): row for run in runs for row in run["rows"]}
+    measured = {
+        (row["row"], row["requested_ratio"], row["calibration_seed"]): row for run in runs for row in run["rows"]
+    }
     rows = list(measured.values())  # what was measured twice stands once
     if options.rows:
         rows = [row for name in options.rows for row in rows if row["row"] == name]
