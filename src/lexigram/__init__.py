@@ -1,4 +1,4 @@
-"""lexigram: language models made smaller after training, by dictionaries with sparse coefficients.
+"""lexigram: language models made smaller after training, by factors that cost fewer stored bytes.
 
 Importing it teaches transformers our checkpoint format, so that ``AutoModelForCausalLM.from_pretrained`` opens a compressed
 folder.
@@ -12,7 +12,19 @@ from lexigram.comparison.table import Row
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate
 from lexigram.healing import heal
-from lexigram.methods import CospadiConfig, QuantizeConfig, SvdConfig
+from lexigram.methods import (
+    CapConfig,
+    CospadiConfig,
+    DoubleSparseConfig,
+    LowRankSparseConfig,
+    MagnitudeConfig,
+    OatsConfig,
+    QuantizeConfig,
+    SparseGptConfig,
+    StructuredConfig,
+    SvdConfig,
+    WandaConfig,
+)
 from lexigram.pipeline import compress
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Calibration, Recipe
@@ -28,20 +40,28 @@ __version__ = version("lexigram")
 
 __all__ = [
     "Calibration",
+    "CapConfig",
     "Comparison",
     "ComparisonSettings",
     "CospadiConfig",
+    "DoubleSparseConfig",
     "Evaluation",
     "HealingSettings",
     "LexigramError",
+    "LowRankSparseConfig",
+    "MagnitudeConfig",
+    "OatsConfig",
     "Plan",
     "QuantizeConfig",
     "Recipe",
     "Row",
     "RunRecord",
     "Source",
+    "SparseGptConfig",
+    "StructuredConfig",
     "SvdConfig",
     "Verification",
+    "WandaConfig",
     "Workers",
     "compare",
     "compress",
