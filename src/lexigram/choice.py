@@ -22,11 +22,10 @@ from lexigram.linalg.budget import keep_best, project
 from lexigram.linalg.policy_gradient import BernoulliPolicy, sample, started, update
 from lexigram.methods import Budget, CapConfig
 from lexigram.methods.base import Candidates, decompose, scores
-from lexigram.methods.cap import decomposition_key
 from lexigram.methods.storing import codec
 from lexigram.methods.sums import sum_spec
 from lexigram.planning import Plan
-from lexigram.recipe import UNIFORM, Recipe
+from lexigram.recipe import UNIFORM
 from lexigram.running import Stages
 from lexigram.targets import Target
 from lexigram.tensorfiles import TensorFiles
@@ -50,12 +49,6 @@ class Chosen(NamedTuple):
     def of(self, name: str) -> Candidates:
         """The parts of a weight that stay."""
         return _read(self.parts, name).only(*self.masks[name])
-
-
-def parts_key(recipe: Recipe) -> str:
-    """What decides the parts of a weight besides the weight."""
-    assert isinstance(recipe.method, CapConfig)
-    return decomposition_key(recipe.method)
 
 
 def choose_parts(

@@ -23,7 +23,7 @@ from lexigram.calibration.sampling import sample_sequences
 from lexigram.calibration.spilling import spilling
 from lexigram.calibration.store import GramStore
 from lexigram.calibration.tokens import TokenSequences
-from lexigram.choice import choose_parts, parts_key
+from lexigram.choice import choose_parts
 from lexigram.curves import decide
 from lexigram.errors import LexigramError
 from lexigram.factors import Factor, FactorSpec, empty, factor_spec
@@ -32,8 +32,7 @@ from lexigram.gram import Gram
 from lexigram.interruption import deferred
 from lexigram.memory import release
 from lexigram.methods import Fitted
-from lexigram.methods.base import chooses
-from lexigram.methods.cap import needs_model
+from lexigram.methods.base import chooses, decomposition_key, passes_over_model
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
 from lexigram.recording import Ledger, run_record, unit_record
@@ -210,8 +209,8 @@ class _Work:
     def _chosen(self, store: GramStore) -> Allocation:
         """Decompose all weights, choose among their parts, and assemble what was chosen."""
         config = self.prepared.recipe.method
-        folder = self._folder(self.prepared.cache, "parts", parts_key(self.prepared.recipe))
-        model = self.prepared.source.model(self.prepared.device) if needs_model(config) else self.frame
+        folder = self._folder(self.prepared.cache, "parts", decomposition_key(config))
+        model = self.prepared.source.model(self.prepared.device) if passes_over_model(config) else self.frame
         with self.watch.stage("allocate"):
             chosen = choose_parts(self.prepared, self._weight, store, folder, model, self.tokens.ids, self.progress)
         del model

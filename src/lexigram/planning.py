@@ -22,8 +22,7 @@ from lexigram.errors import LexigramError
 from lexigram.factors import LONGEST, FactorSpec
 from lexigram.folders import CONFIG
 from lexigram.memory import Needs, Way, chosen_way, peak_memory_bytes, resident_bytes
-from lexigram.methods.base import chooses, couples
-from lexigram.methods.cap import needs_model
+from lexigram.methods.base import chooses, couples, passes_over_model
 from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Recipe
 from lexigram.source import Source
 from lexigram.targets import (
@@ -317,7 +316,7 @@ def _needs(
         grams[layer] = grams.get(layer, 0) + 8 * width**2
     widths = [sum(weight_of(module).shape) for module in decoder_layers(skeleton)[0].modules() if is_linear(module)]
     whole = sum(count.values()) * stored.itemsize
-    drawn = recipe.refine > 0 or needs_model(recipe.method)
+    drawn = recipe.refine > 0 or passes_over_model(recipe.method) > 0
     tried = recipe.calibration.text == (SELF,) or drawn
     return Needs(
         tokens=tokens[0],

@@ -20,7 +20,7 @@ from lexigram.linalg.whitening import Whitening
 from lexigram.shown import BUDGET, Shown
 
 Leaf = TypeVar("Leaf", DenseSpec, SparseSpec)
-Side = TypeVar("Side", DenseSpec, SharedSpec)
+Side = TypeVar("Side", DenseSpec, SharedSpec, SparseSpec)
 
 Plain = Annotated[bool, Shown(BUDGET), Field(description="Fit the weights themselves, not their outputs on the text.")]
 """A field of every method that can do without the Gram."""
@@ -269,6 +269,18 @@ def assemble(
 def chooses(config: MethodConfig) -> bool:
     """Whether the method decomposes all weights first and then chooses among the parts."""
     return decompose.dispatch(type(config)) is not decompose.dispatch(MethodConfig)
+
+
+@singledispatch
+def decomposition_key(config: MethodConfig) -> str:
+    """What decides the parts of a weight besides the weight, in one line."""
+    raise NotImplementedError(f"{type(config).__name__} does not choose after decomposing")
+
+
+@singledispatch
+def passes_over_model(config: MethodConfig) -> int:
+    """How many times the choice among the parts runs the whole calibration through models that it tries out."""
+    return 0
 
 
 class BudgetTooSmallError(ValueError):

@@ -33,9 +33,11 @@ from lexigram.methods.base import (
     assemble,
     checked_weight,
     decompose,
+    decomposition_key,
     direct_report,
     fit,
     metric,
+    passes_over_model,
     scores,
 )
 from lexigram.methods.storing import BITS, ValueBits, ValueGroup
@@ -92,13 +94,13 @@ _VERSION = 1
 """Of what `decompose` makes of a weight and these fields, and of the names of its tensors: a number for each."""
 
 
-def needs_model(config: MethodConfig) -> bool:
-    """Whether the choice among the parts tries whole models out."""
-    return isinstance(config, CapConfig) and config.passes > 0
+@passes_over_model.register
+def _(config: CapConfig) -> int:
+    return config.passes
 
 
-def decomposition_key(config: CapConfig) -> str:
-    """What decides the parts of a weight besides the weight, in one line."""
+@decomposition_key.register
+def _(config: CapConfig) -> str:
     return f"cap {_VERSION} " + config.model_dump_json(include=set(DECOMPOSING))
 
 

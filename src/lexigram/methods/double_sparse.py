@@ -39,6 +39,7 @@ from lexigram.methods.base import (
     FitReport,
     MethodConfig,
     checked_weight,
+    factored,
     fit,
     layout,
     metric,
@@ -46,7 +47,6 @@ from lexigram.methods.base import (
     size,
     sketch,
     variants,
-    wrong_form,
 )
 from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec, store_pruned
 from lexigram.shown import FORM, Shown
@@ -169,7 +169,7 @@ def _(
     config: DoubleSparseConfig, weight: Tensor, gram: Gram, spec: ProductSpec, generator: torch.Generator
 ) -> tuple[Product, FitReport]:
     start = time.perf_counter()
-    left, right = _sides(spec)
+    left, right = factored(spec, SparseSpec, SparseSpec)
     weight = checked_weight(weight).contiguous()
     inputs = _damped(metric(gram), config.damping)
     scale = inputs.diagonal().sqrt()
@@ -231,12 +231,6 @@ def _stored(
     values = refit(best, products, coefficients.support, coefficients.values)
     pruned = Pruned(values, coefficients.support)
     return Product(store_pruned(best, pruned, left, products, damping=0.0), atoms)
-
-
-def _sides(spec: ProductSpec) -> tuple[SparseSpec, SparseSpec]:
-    if isinstance(spec, ProductSpec) and isinstance(spec.left, SparseSpec) and isinstance(spec.right, SparseSpec):
-        return spec.left, spec.right
-    raise wrong_form(spec)
 
 
 def _holding(spec: SparseSpec, support: Tensor) -> SparseSpec:
