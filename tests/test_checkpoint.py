@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lexigram
-from checkpoints import IDS, edit_config, edit_tensors, logits, opened
+from checkpoints import IDS, attach_config, edit_config, edit_tensors, logits, opened
 from conftest import TOYS, build_toy
 from lexigram.calibration.gram import GramAccumulator
 from lexigram.errors import LexigramError
@@ -46,7 +46,6 @@ from lexigram.targets import find_targets, weight_of
 from lexigram.transformers_io import (
     FactoredLinear,
     LexigramConfig,
-    attach_config,
     export_dense,
     factored_layers,
     is_compressed,

@@ -64,12 +64,6 @@ class Weights:
 
     entries: Mapping[str, Readable]
 
-    @property
-    def held_bytes(self) -> int:
-        """What of them is in memory whether it is read or not."""
-        held = (entry.tensor for entry in self.entries.values() if isinstance(entry, Held))
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
     def hold(self) -> "Weights":
         """The same, all in memory: faster where they are read many times."""
         return Weights({name: Held(entry.read()) for name, entry in self.entries.items()})

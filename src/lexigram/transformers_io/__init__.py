@@ -15,7 +15,7 @@ from lexigram.transformers_io.linear import (
     stored_tensors,
 )
 from lexigram.transformers_io.loading import export_dense, is_compressed, load, open_model
-from lexigram.transformers_io.quantizer import LexigramConfig, LexigramQuantizer, attach_config
+from lexigram.transformers_io.quantizer import LexigramConfig, LexigramQuantizer
 
 __all__ = [
     "SHARED",
@@ -23,7 +23,6 @@ __all__ = [
     "LayerSpec",
     "LexigramConfig",
     "LexigramQuantizer",
-    "attach_config",
     "export_dense",
     "factored_layers",
     "is_compressed",

@@ -180,17 +180,6 @@ class LexigramQuantizer(HfQuantizer):
         return False
 
 
-def attach_config(model: PreTrainedModel) -> None:
-    """Make a model whose layers were just replaced saveable: describe its factored layers in its config."""
-    config = LexigramConfig(
-        layers={name: module.spec.model_dump() for name, module in factored_layers(model)},
-        shared={name: matrix.spec.model_dump() for name, matrix in shared_matrices(model).items()},
-    )
-    model.config.quantization_config = config
-    model.hf_quantizer = LexigramQuantizer(config, pre_quantized=True)
-    attach_methods(model)
-
-
 def is_weights_name(name: Any) -> bool:
     """Whether our weights, or their index, can lie in a file of this name."""
     return isinstance(name, str) and re.fullmatch(_WEIGHTS_NAME, name) is not None
