@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _PASSES = 11
+_EXACT = 2**24  # ones that a sum in float32 still counts
 
 
 def keep_largest(values: Tensor, count: int) -> Tensor:
@@ -32,7 +33,7 @@ def largest_indicator(values: Tensor, count: int) -> Tensor:
     kept = torch.empty_like(values)
     threshold = _search(values, count, kept)
     torch.gt(values, threshold, out=kept)
-    missed = (kept.sum(1) != count).nonzero().squeeze(1)
+    missed = (_ones(kept).squeeze(1) != count).nonzero().squeeze(1)
     if missed.numel():
         kept[missed] = _by_order(values[missed], count)
     return kept
@@ -44,7 +45,7 @@ def _search(values: Tensor, count: int, scratch: Tensor) -> Tensor:
     above_low, above_high = torch.full_like(low, values.shape[1]), torch.zeros_like(high)
     threshold = values.mean(dim=1, keepdim=True)
     for step in range(_PASSES):
-        above = torch.gt(values, threshold, out=scratch).sum(1, keepdim=True)
+        above = _ones(torch.gt(values, threshold, out=scratch))
         many, few = above > count, above < count
         low, above_low = torch.where(many, threshold, low), torch.where(many, above, above_low)
         high, above_high = torch.where(few, threshold, high), torch.where(few, above, above_high)
@@ -52,6 +53,11 @@ def _search(values: Tensor, count: int, scratch: Tensor) -> Tensor:
         share = 0.5 if step % 4 == 3 else (above_low - count + 0.5) / (above_low - above_high + 1)
         threshold = torch.where(many | few, low + (high - low) * share, threshold)
     return threshold
+
+
+def _ones(indicator: Tensor) -> Tensor:
+    """How many ones there are in each row, (n, 1)."""
+    return indicator.sum(1, keepdim=True, dtype=torch.float64 if indicator.shape[1] > _EXACT else None)
 
 
 def _by_order(values: Tensor, count: int) -> Tensor:
