@@ -184,6 +184,17 @@ def test_the_objective_never_rises(name: str, inertia: bool, cg_steps: int, star
     assert course[-1] < 0.9 * course[1] or (name, start) == ("nothing", "svd"), "the SVD is the optimum of nothing"
 
 
+def test_opposite_atoms_do_not_stall_it() -> None:
+    """Their Gram has its largest eigenvalue along (1, -1), to which a vector of ones is orthogonal."""
+    atoms = torch.tensor([[1.0, 0.0, 0.2], [-0.9, 0.4, 0.0]], dtype=torch.float64)
+    codes = normal(40, 2, seed=1).double()
+    start = SparsePair(torch.zeros_like(codes), atoms)
+    found = palm(
+        codes @ atoms, torch.eye(3, dtype=torch.float64), start, L1(1e-3), L1(1e-3), iterations=200, tolerance=1e-9
+    )
+    assert found.history[-1] < 0.01 * float((codes @ atoms).square().sum())
+
+
 def test_inertia_is_sooner_where_nothing_is_refitted() -> None:
     metric = metric_of(16)
     signals = metric.whiten(normal(24, 16, seed=3).double())

@@ -453,10 +453,15 @@ def _conjugate(block: _Block, values: Tensor, descent: Tensor, support: Tensor, 
 
 
 def _spectral(gram: Tensor) -> float:
-    """The largest eigenvalue of a Gram scaled to ones on its diagonal, by power iteration; 1 of nothing."""
+    """The largest eigenvalue of a Gram scaled to ones on its diagonal, by power iteration; 1 of nothing.
+
+    It begins with random numbers, always the same: ones may be orthogonal to what is sought, as of two opposite atoms. No such
+    eigenvalue is below 1.
+    """
     scale = gram.diagonal().clamp_min(0.0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    vector = torch.where(scale > 0, 1.0, 0.0).to(gram)
+    begun = 1.0 + torch.randn(len(gram), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector = torch.where(scale > 0, begun.to(gram), 0.0)
     value = torch.ones(())
     for _ in range(_POWER_STEPS):
         image = inverse * (gram @ (inverse * vector))
@@ -465,7 +470,7 @@ def _spectral(gram: Tensor) -> float:
         if not bool(value > 0):
             return 1.0
         vector = vector / image.norm()
-    return _LIPSCHITZ_SLACK * float(value)
+    return _LIPSCHITZ_SLACK * max(1.0, float(value))
 
 
 def _tightened(pair: SparsePair, counts: tuple[int, int], rounds: int) -> list[tuple[int, int]]:
