@@ -177,9 +177,16 @@ def test_the_papers_parameters_are_spent_to_the_last(
         assert kept[target] == rank * sum(target.shape) + entries
 
 
-def test_a_budget_without_room_for_the_bitmasks_is_refused(case: Callable[..., Case]) -> None:
-    with pytest.raises(LexigramError, match=r"budget of \d+ bytes is too small for cap: the bitmasks.*lower the ratio"):
-        case(ratio=0.95).chosen()
+@pytest.mark.parametrize("ratio", [0.93, 0.95, 0.98])
+def test_a_budget_without_room_for_bitmasks_is_spent_on_listed_entries(case: Callable[..., Case], ratio: float) -> None:
+    made = case(ratio=ratio)
+    found = made.chosen().allocation
+    assert 0.9 * made.plan.bytes_after <= found.bytes <= made.plan.bytes_after
+
+
+def test_a_budget_without_room_for_any_index_is_refused(case: Callable[..., Case]) -> None:
+    with pytest.raises(LexigramError, match=r"budget of \d+ bytes is too small for cap: .*index.*lower the ratio"):
+        case(ratio=0.9999).chosen()
 
 
 # --- the ranking -------------------------------------------------------------------------------------------------
@@ -210,7 +217,7 @@ def ranked(case: Case, config: CapConfig, room: float) -> dict[str, tuple[Any, A
         level = (lambda scores: pool) if config.together or config.per_bit else (lambda scores: scores)
         tensors = [(n, k, 1 / (1 + np.exp(-(s - level(s).mean()) / level(s).std())), c) for n, k, s, c in tensors]
     else:
-        tensors = [(n, k, np.clip(s / s.max(), 0.05, 0.95), c) for n, k, s, c in tensors]
+        tensors = [(n, k, 0.05 + 0.9 * s / s.max(), c) for n, k, s, c in tensors]
     keys = np.concatenate([s for _, _, s, c in tensors])
     costs = np.concatenate([np.full(len(s), c) for _, _, s, c in tensors])
     kept = np.zeros(len(keys), bool)
@@ -533,6 +540,7 @@ def test_the_parts_are_decided_by_the_fields_that_name_them(case: Callable[..., 
         "value_bits": 8,
         "value_group": 32,
         "refit": True,
+        "damping": 0.5,
         "sparse_weight": 0.5,
         "iterations": 11,
         "tolerance": 0.5,

@@ -134,6 +134,20 @@ def test_a_refit_never_hurts_and_mostly_helps(name: str, pattern: str) -> None:
     assert refitted.relative_error < 0.98 * plain.relative_error
 
 
+@every_method
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_a_refit_never_hurts_in_few_bits(name: str, bits: int) -> None:
+    """Inputs over two decades: values that make up for others in weak ones would be large, and stretch the steps of all."""
+    X = normal(512, 64, seed=1) * torch.logspace(0, -2, 64)
+    for seed in range(4):
+        weight = normal(32, 64, seed=seed)
+        plain, refitted = (
+            run(config_of(name, pattern="2:4", value_bits=bits, refit=refit), weight, X)[1].relative_error
+            for refit in (False, True)
+        )
+        assert refitted <= 1.02 * plain
+
+
 def test_surgery_beats_scores_alone_on_correlated_inputs() -> None:
     weight, X = normal(24, 32, seed=3), correlated()
     errors = [run(config_of(name), weight, X, 0.5)[1].relative_error for name in ("sparsegpt", "wanda", "magnitude")]

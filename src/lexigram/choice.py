@@ -17,7 +17,8 @@ from lexigram.allocation.units import Allocation, Unit
 from lexigram.calibration.loss import loss_a_token
 from lexigram.calibration.store import GramStore
 from lexigram.errors import LexigramError
-from lexigram.factors import FactorSpec, GroupSpec, SparseSpec
+from lexigram.factors import FactorSpec, GroupSpec
+from lexigram.factors.indices import INDICES, IndexName
 from lexigram.linalg.budget import keep_best, project
 from lexigram.linalg.policy_gradient import BernoulliPolicy, sample, started, update
 from lexigram.methods import Budget, CapConfig
@@ -94,7 +95,12 @@ def choose_parts(
     policies, budgets = [], [budget(members, recipe.ratio, recipe.accounting) for members in groups]
     for members, whole in zip(groups, budgets, strict=True):
         tensors = [tensor for target in members for tensor in first.pop(target.name)]
-        allowed, costs = _allowed(config, members, whole), _costs(config, members, recipe.accounting)
+        allowed, costs = _prices(config, members, whole)
+        if allowed < 0:
+            raise LexigramError(
+                f"a budget of {whole.amount} bytes is too small for {config.name}: it would not even hold the index of what is "
+                "kept; lower the ratio"
+            )
         if config.per_bit:
             tensors = [tensor / cost ** (config.power / 2) for tensor, cost in zip(tensors, costs, strict=True)]
         found = started(tensors, config.first, together=config.together or config.per_bit, generator=generator)
@@ -165,7 +171,7 @@ class _Kept(NamedTuple):
 def _kept(config: CapConfig, members: Sequence[Target], policy: BernoulliPolicy, whole: Budget) -> _Kept:
     """The best candidates within the budget.
 
-    What was set aside for bitmasks is spent after all where a list of few entries, or none, takes less.
+    What was set aside for indices is spent after all where a matrix has a lighter one, or needs none.
     """
 
     def best(allowed: float) -> _Kept:
@@ -209,33 +215,40 @@ def _read(parts: TensorFiles, name: str, shape: tuple[int, int] | None = None) -
     return found
 
 
-def _costs(config: CapConfig, members: Sequence[Target], accounting: str) -> list[float]:
-    """Of a singular value and of an entry, of every member in turn: bits, or the paper's parameters."""
-    found = []
+class _Prices(NamedTuple):
+    """What candidates may cost in all, and what a singular value and an entry of every member in turn cost: in bits, or in the
+    paper's parameters.
+    """
+
+    allowed: float
+    costs: list[float]
+
+    @property
+    def entries(self) -> float:
+        """How many of the cheapest entries would fit."""
+        return self.allowed / min(self.costs[1::2])
+
+
+def _prices(config: CapConfig, members: Sequence[Target], whole: Budget) -> _Prices:
+    """With that index of the entries, a bitmask for every member or lists, which leaves room for more of them."""
+    if whole.unit == "parameters":
+        return _Prices(float(whole.amount), [price for target in members for price in (float(sum(target.shape)), 1.0)])
+    return max((_indexed(config, members, whole, index) for index in INDICES), key=lambda prices: prices.entries)
+
+
+def _indexed(config: CapConfig, members: Sequence[Target], whole: Budget, index: IndexName) -> _Prices:
+    """What an index takes whatever it holds is set aside, with what packing may round up; the rest an entry pays."""
+    fixed, costs = 0, []
     for rows, cols in (target.shape for target in members):
-        if accounting == "paper":
-            found += [float(rows + cols), 1.0]
-            continue
+        none, every = (
+            sum(tensor.bytes for tensor in INDICES[index](rows, cols, (1, 1), count).stored().values())
+            for count in (0, rows * cols)
+        )
+        # Three leaves and a list may each fill up a byte; integers a last group too, with its scale, and a byte of zeros.
+        fixed += none + (every > none) + 3 * (0 if config.value_bits == 16 else 1 if config.value_bits >= 10 else 6)
         # Groups of a right factor divide its rows, and so may be smaller.
         running, dividing = (
             codec(config.value_bits, config.value_group, width).bits_per_value for width in (None, cols)
         )
-        found += [running * rows + dividing * cols, running]
-    return found
-
-
-def _allowed(config: CapConfig, members: Sequence[Target], whole: Budget) -> float:
-    """What candidates may cost: in bytes, without a bitmask for each member and what packing may round up."""
-    if whole.unit == "parameters":
-        return float(whole.amount)
-    fixed = 0
-    for target in members:
-        rows, cols = target.shape
-        empty = SparseSpec(rows=rows, cols=cols, nonzeros=0)
-        # Of three leaves each may fill up a byte; of integers a last group too, with its scale, and a byte of zeros.
-        fixed += empty.bytes + 3 * (0 if config.value_bits == 16 else 1 if config.value_bits >= 10 else 6)
-    if 8 * (whole.amount - fixed) < 0:
-        raise LexigramError(
-            f"a budget of {whole.amount} bytes is too small for {config.name}: the bitmasks alone need {fixed}; lower the ratio"
-        )
-    return 8.0 * (whole.amount - fixed)
+        costs += [running * rows + dividing * cols, running + 8 * (every - none) / (rows * cols)]
+    return _Prices(8.0 * (whole.amount - fixed), costs)

@@ -167,9 +167,9 @@ def started(
     """Probabilities (float32) to begin with, of the shapes of the scores; CAP does not say which.
 
     ``uniform``: `value` for all; ``random``: uniform between 0 and 1; ``sigmoid``: of the scores' distance from their mean
-    in standard deviations; ``largest``: the share of the largest score, clipped to `CLIP`. Mean, deviation and largest are
-    those of each tensor, as singular values and entries have no unit in common, or of all tensors `together` for scores
-    that do. Not projected on any budget.
+    in standard deviations; ``largest``: the share of the largest score, from one end of `CLIP` to the other. Mean, deviation
+    and largest are those of each tensor, as singular values and entries have no unit in common, or of all tensors `together`
+    for scores that do. Not projected on any budget.
 
     Raises:
         ValueError: for ``random`` without a generator, or ``largest`` with scores below zero.
@@ -202,4 +202,9 @@ def _share_of_largest(group: list[Tensor]) -> list[Tensor]:
     if any(float(tensor.min()) < 0 for tensor in filled):
         raise ValueError("the share of the largest is for scores from 0 up; pass their absolute values")
     largest = max((float(tensor.max()) for tensor in filled), default=0.0) or 1.0
-    return [tensor.to(torch.float32, copy=True).div_(largest).clamp_(*CLIP) for tensor in group]
+    least, most = CLIP
+    # Not clipped: most scores are far below the largest, and would all be equal.
+    return [
+        tensor.to(torch.float32, copy=True).mul_((most - least) / largest).add_(least).clamp_(max=most)
+        for tensor in group
+    ]

@@ -26,6 +26,7 @@ from lexigram.linalg.budget import Projection
 from lexigram.linalg.policy_gradient import EPS, LEARNING_RATE, MEMORY
 from lexigram.linalg.pruning import refit
 from lexigram.linalg.robust_pca import ITERATIONS, TOLERANCE, robust_pca
+from lexigram.linalg.rounding import DAMPING
 from lexigram.methods.base import (
     Candidates,
     FitReport,
@@ -40,9 +41,9 @@ from lexigram.methods.base import (
     passes_over_model,
     scores,
 )
-from lexigram.methods.storing import BITS, ValueBits, ValueGroup
+from lexigram.methods.storing import Damping, Refit, StoredBits, ValueGroup
 from lexigram.methods.sums import sizes, stored_sum
-from lexigram.shown import FORM, Shown
+from lexigram.shown import Shown
 
 
 class CapConfig(MethodConfig):
@@ -51,11 +52,10 @@ class CapConfig(MethodConfig):
     allocation: ClassVar[str] = "global"
 
     name: Literal["cap"] = "cap"
-    value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=16, description=BITS)
+    value_bits: StoredBits = 16
     value_group: ValueGroup = 128
-    refit: bool = Field(
-        default=False, description="Move the kept values to where the outputs on the text stay closest."
-    )
+    refit: Refit = False
+    damping: Damping = DAMPING
     sparse_weight: Annotated[float | None, Shown(none="1 / sqrt(the longer side)")] = Field(
         default=None, gt=0, description="Lambda of robust PCA."
     )
@@ -175,7 +175,9 @@ def _(
     entries = torch.zeros_like(weight).masked_scatter_(candidates.support, candidates.entries)
 
     def sparse(kept: SparseSpec, rest: Tensor) -> Sparse:
-        values = refit(rest, metric(gram), candidates.support, entries) if config.refit else entries
+        values = entries
+        if config.refit:
+            values = refit(rest, metric(gram), candidates.support, entries, damping=config.damping)
         return Sparse.encode(values, kept, candidates.support)
 
     factor = stored_sum(spec, weight, lambda low: Product(encode(left, low.left), encode(right, low.right)), sparse)

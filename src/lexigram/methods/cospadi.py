@@ -57,7 +57,7 @@ from lexigram.methods.base import (
     sketch,
 )
 from lexigram.methods.dictionary import DictionaryProblem, SolverParts
-from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec, store_dense, store_sparse
+from lexigram.methods.storing import StoredBits, ValueBits, ValueGroup, codec, store_dense, store_sparse
 from lexigram.shown import FORM, Shown
 
 _RHO_SLACK = 0.03  # how far k/s may move from rho to fill a budget of bytes, besides one step of s
@@ -75,7 +75,7 @@ class CospadiConfig(MethodConfig):
 
     name: Literal["cospadi"] = "cospadi"
     rho: float = Field(default=3.0, ge=1.0, description="k/s: atoms over non-zeros a column.")
-    value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=8, description=BITS)
+    value_bits: StoredBits = 8
     dictionary_bits: Annotated[ValueBits, Shown(FORM)] = Field(
         default=6, description="Stored bits of a dictionary's entry."
     )

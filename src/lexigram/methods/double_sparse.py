@@ -48,7 +48,7 @@ from lexigram.methods.base import (
     sketch,
     variants,
 )
-from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec, store_pruned
+from lexigram.methods.storing import BITS, Damping, ValueBits, ValueGroup, codec, store_pruned
 from lexigram.shown import FORM, Shown
 
 _BITS: tuple[tuple[float, tuple[ValueBits, ValueBits]], ...] = (
@@ -121,9 +121,7 @@ class DoubleSparseConfig(MethodConfig):
     refits: int = Field(default=REFITS, ge=1, description="Of coefficients and dictionary in turns on their supports.")
     inertia: bool = Field(default=False, description="Begin the steps beyond the present point.")
     tolerance: float = Field(default=TOLERANCE, ge=0, description="Stop below this relative improvement.")
-    damping: float = Field(
-        default=1e-3, ge=0, description="Share of the Gram's mean diagonal that is added to its diagonal."
-    )
+    damping: Damping = 1e-3
 
     @model_validator(mode="after")
     def _bounded(self) -> "DoubleSparseConfig":

@@ -36,7 +36,7 @@ from lexigram.methods.base import (
     variants,
 )
 from lexigram.methods.quantize import QuantizeConfig
-from lexigram.methods.storing import BITS, ValueBits, ValueGroup, store_pruned
+from lexigram.methods.storing import BITS, Damping, ValueBits, ValueGroup, store_pruned
 from lexigram.methods.sums import largest_sum, sizes, stored_sum
 from lexigram.shown import FORM, Shown
 
@@ -85,9 +85,7 @@ class LowRankSparseConfig(MethodConfig):
         ge=0,
         description="Over values of few bits once they are rounded, each with a refit of their scales.",
     )
-    damping: float = Field(
-        default=DAMPING, ge=0, description="Share of the Gram's mean diagonal that is added to its diagonal."
-    )
+    damping: Damping = DAMPING
 
 
 @layout.register
@@ -123,7 +121,9 @@ def _(config: LowRankSparseConfig) -> list[MethodConfig]:
     sparse: list[MethodConfig] = [
         config.model_copy(update={"value_bits": bits, "rank_share": share}) for bits, share in forms
     ]
-    dense: list[MethodConfig] = [QuantizeConfig(value_bits=bits) for bits in (8, 6, 4)]
+    dense: list[MethodConfig] = [
+        QuantizeConfig(value_bits=bits, value_group=config.value_group, damping=config.damping) for bits in (8, 6, 4)
+    ]
     return sparse if config.value_bits else sparse + dense
 
 

@@ -15,8 +15,9 @@ from lexigram.factors import Factor, FactorSpec, Product, Sparse, SparseSpec, en
 from lexigram.gram import Gram
 from lexigram.linalg.low_rank_sparse import OATS_ROUNDS, oats
 from lexigram.linalg.pruning import refit
+from lexigram.linalg.rounding import DAMPING
 from lexigram.methods.base import Budget, FitReport, MethodConfig, checked_weight, direct_report, fit, layout, metric
-from lexigram.methods.storing import BITS, ValueBits, ValueGroup
+from lexigram.methods.storing import Damping, Refit, StoredBits, ValueGroup
 from lexigram.methods.sums import largest_sum, sizes, stored_sum
 from lexigram.shown import FORM, Shown
 
@@ -29,10 +30,9 @@ class OatsConfig(MethodConfig):
         default=0.25, ge=0, le=1, description="Share of the bytes that goes to the low-rank part."
     )
     rounds: int = Field(default=OATS_ROUNDS, ge=1, description="Of singular values and entries in turns.")
-    refit: bool = Field(
-        default=False, description="Move the kept values to where the outputs on the text stay closest."
-    )
-    value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=16, description=BITS)
+    refit: Refit = False
+    damping: Damping = DAMPING
+    value_bits: StoredBits = 16
     value_group: ValueGroup = 128
 
 
@@ -54,7 +54,9 @@ def _(
 
     def sparse(kept: SparseSpec, rest: Tensor) -> Sparse:
         # On their support the entries are what is left of the weight, as in OATS, but of the stored low-rank part.
-        values = refit(rest, inputs, parts.support) if config.refit else rest * parts.support
+        values = rest * parts.support
+        if config.refit:
+            values = refit(rest, inputs, parts.support, damping=config.damping)
         return Sparse.encode(values, kept, parts.support)
 
     factor = stored_sum(

@@ -34,7 +34,7 @@ from lexigram.methods.base import (
     size,
     wrong_form,
 )
-from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec, store_pruned
+from lexigram.methods.storing import Damping, Refit, StoredBits, ValueGroup, codec, store_pruned
 from lexigram.shown import FORM, Shown
 
 _PATTERN = re.compile(r"any|rows|(\d+):(\d+)|(\d+)x(\d+)")
@@ -56,10 +56,9 @@ class PruningConfig(MethodConfig):
     """
 
     pattern: PatternName = "any"
-    refit: bool = Field(
-        default=False, description="Move the kept values to where the outputs on the text stay closest."
-    )
-    value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=16, description=BITS)
+    refit: Refit = False
+    damping: Damping = DAMPING
+    value_bits: StoredBits = 16
     value_group: ValueGroup = 128
 
     @field_validator("pattern")
@@ -93,9 +92,6 @@ class SparseGptConfig(PruningConfig):
     order: Literal["activation", "natural"] = Field(
         default="natural", description="Of the columns: the strongest inputs first, or as they stand."
     )
-    damping: float = Field(
-        default=DAMPING, ge=0, description="Share of the Gram's mean diagonal that is added to its diagonal."
-    )
 
 
 @layout.register
@@ -113,8 +109,10 @@ def _(
     weight = checked_weight(weight)
     inputs = metric(gram)
     pruned = chosen(config, weight, inputs, spec.nonzeros)
-    values = refit(weight, inputs, pruned.support, pruned.values) if config.refit else pruned.values
-    factors = store_pruned(weight, Pruned(values, pruned.support), spec, inputs)
+    if config.refit:
+        values = refit(weight, inputs, pruned.support, pruned.values, damping=config.damping)
+        pruned = Pruned(values, pruned.support)
+    factors = store_pruned(weight, pruned, spec, inputs, damping=config.damping)
     message = f"{spec.nonzeros / weight.numel():.1%} kept{', refitted' if config.refit else ''}"
     return factors, direct_report(message, weight, factors, gram, time.perf_counter() - start)
 

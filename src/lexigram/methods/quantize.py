@@ -28,7 +28,7 @@ from lexigram.methods.base import (
     variants,
     wrong_form,
 )
-from lexigram.methods.storing import BITS, ValueGroup, store_dense
+from lexigram.methods.storing import BITS, Damping, ValueGroup, store_dense
 from lexigram.shown import FORM, Shown
 
 QuantizedBits = Literal[2, 3, 4, 6, 8, 16]
@@ -56,9 +56,7 @@ class QuantizeConfig(MethodConfig):
         default=0, ge=0, description="Over values of few bits once they are rounded, each with a refit of their scales."
     )
     clip: bool = Field(default=True, description="Search how much of each group's range is worth representing.")
-    damping: float = Field(
-        default=DAMPING, ge=0, description="Share of the Gram's mean diagonal that is added to its diagonal."
-    )
+    damping: Damping = DAMPING
 
 
 @layout.register

@@ -23,12 +23,15 @@ ValueBits = Literal[2, 3, 4, 6, 8, 10, 12, 14, 16]
 
 BITS = "Stored bits of a value: of a coefficient, a low-rank factor, a quantised weight."
 
+# Fields that several methods have.
+StoredBits = Annotated[ValueBits, Shown(FORM), Field(description=BITS)]
 ValueGroup = Annotated[
     int,
     Shown(FORM),
     Field(ge=1, le=2**24, description="How many values share a scale where they are stored as integers."),
 ]
-"""A field of every method that stores integers."""
+Refit = Annotated[bool, Field(description="Move the kept values to where the outputs on the text stay closest.")]
+Damping = Annotated[float, Field(ge=0, description="Share of the Gram's mean diagonal that is added to its diagonal.")]
 
 
 def codec(bits: ValueBits, group: int, cols: int | None = None) -> Codec:

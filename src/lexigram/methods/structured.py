@@ -13,10 +13,9 @@ budget has as many query heads as possible, and then as many key/value heads, so
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lexigram.factors import FactorSpec, GroupSpec, Sparse, SparseSpec
@@ -40,21 +39,16 @@ from lexigram.methods.base import (
     size,
     wrong_form,
 )
-from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec
-from lexigram.shown import FORM, Shown
+from lexigram.methods.storing import Damping, Refit, StoredBits, ValueGroup, codec
 
 
 class StructuredConfig(MethodConfig):
     """Channels and heads by what the outputs of the consumer lose: as they stand, or with `refit` after that."""
 
     name: Literal["structured"] = "structured"
-    refit: bool = Field(
-        default=False, description="Move the kept values to where the outputs on the text stay closest."
-    )
-    damping: float = Field(
-        default=DAMPING, ge=0, description="Share of the Gram's mean diagonal that is added to its diagonal."
-    )
-    value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=16, description=BITS)
+    refit: Refit = False
+    damping: Damping = DAMPING
+    value_bits: StoredBits = 16
     value_group: ValueGroup = 128
 
 

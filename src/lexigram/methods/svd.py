@@ -7,10 +7,9 @@ their Grams, this is Basis Sharing (arXiv 2410.03765): one right factor for all 
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lexigram.factors import DenseSpec, Factor, GroupSpec, Product, ProductSpec, Shared, SharedSpec
@@ -35,8 +34,7 @@ from lexigram.methods.base import (
     relative_error,
     size,
 )
-from lexigram.methods.storing import BITS, ValueBits, ValueGroup, codec, store_dense
-from lexigram.shown import FORM, Shown
+from lexigram.methods.storing import StoredBits, ValueGroup, codec, store_dense
 
 
 class SvdConfig(MethodConfig):
@@ -46,7 +44,7 @@ class SvdConfig(MethodConfig):
     """
 
     name: Literal["svd"] = "svd"
-    value_bits: Annotated[ValueBits, Shown(FORM)] = Field(default=16, description=BITS)
+    value_bits: StoredBits = 16
     value_group: ValueGroup = 128
     plain: Plain = False
 
