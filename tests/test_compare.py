@@ -1,6 +1,8 @@
 """`compare`: its figures are those of the other commands, what is done stays done, and errors come before the work."""
 
+import errno
 import json
+import os
 import shutil
 import struct
 import sys
@@ -12,25 +14,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import lexigram
-from conftest import Command, Said, contents, toy_folder
+from conftest import Command, Said, build_toy, byte_tokenizer, contents, toy_folder
 from lexigram import (
     ComparisonSettings,
+    HealingSettings,
     LexigramError,
+    Plan,
     Recipe,
     cli,
     pipeline,
     recording,
 )
+from lexigram.calibration.text import read_texts
+from lexigram.calibration.tokens import TokenSequences
 from lexigram.cli import compare as comparing_command
 from lexigram.cli.arguments import DtypeName
 from lexigram.cli.compare import repeated
 from lexigram.cli.fields import choices
-from lexigram.comparison import order, planning, plot
+from lexigram.comparison import order, origin, planning, plot
 from lexigram.comparison.table import DENSE, Row, difference, figure, markdown, table
 from lexigram.comparison.table import lines as lines_of
+from lexigram.evaluation.records import evaluated
 from lexigram.recipe import Calibration
+from lexigram.source import Source
 
 SVD, BITS = (f"method: {method}\ninclude: q_proj\n" for method in ("{name: svd}", "{name: svd, value_bits: 8}"))
 BITS += "ratio: 0.4\n"
@@ -75,6 +84,16 @@ class Place(NamedTuple):
                 args += [f"--{name.replace('_', '-')}", *values]
         return self.run("compare", self.toy, "--recipes", *recipes, *args)
 
+    def library(self, **settings: Any) -> Recipe:
+        """The recipe of `SVD` with the same calibration."""
+        calibration = Calibration(text=(str(self.words),), sequences=8, length=64)
+        told = {"method": lexigram.SvdConfig(), "calibration": calibration, "device": "cpu", "include": ("q_proj",)}
+        return Recipe(model=str(self.toy), **{**told, **settings})
+
+    @property
+    def settings(self) -> ComparisonSettings:
+        return ComparisonSettings(texts=(str(self.words),), context=64, windows=2)
+
     def row(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.out / "rows" / f"{name}.json").read_text()))
 
@@ -85,6 +104,12 @@ class Place(NamedTuple):
 @pytest.fixture
 def place(command: Command, words: Path, tmp_path: Path) -> Place:
     return Place(tmp_path, toy_folder(tmp_path / "toy", "llama"), words, command)
+
+
+@pytest.fixture
+def long(place: Place) -> Path:
+    """A text that is long enough for the usual number of sequences to heal on."""
+    return place.recipe("long.txt", f"{place.words.read_text()} " * 18)
 
 
 @pytest.fixture
@@ -258,6 +283,10 @@ SETTINGS: dict[str, tuple[list[object], object]] = {
     "context": (["--context", 7], 7),
     "windows": (["--windows", 7], 7),
     "dtype": (["--dtype", "float16"], "float16"),
+    "heal": (
+        ["--heal", "a.txt", "b.txt", "--heal-steps", 3, "--heal-minutes", 1.5],
+        HealingSettings(texts=("a.txt", "b.txt"), steps=3, minutes=1.5),
+    ),
     "drop_models": (["--drop-models"], True),
 }
 
@@ -405,6 +434,103 @@ def test_a_change_in_the_calibration_text_is_refused(place: Place) -> None:
     assert "calibration_sha256 was" in place.compare(low, calibration=text).error
 
 
+def test_rows_of_other_weights_are_told_and_measured_again(place: Place, compressed: list[str]) -> None:
+    """Although name and size of the model are the same; also beside a recipe that is new."""
+    low, bits = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    assert place.compare(low).code == 0
+    weights = place.toy / "model.safetensors"
+    size, before = weights.stat().st_size, contents(place.out)
+    build_toy("llama", seed=1).save_pretrained(place.toy)
+    assert weights.stat().st_size == size
+    compressed.clear()
+    for files in ([low], [low, bits]):
+        ended = place.compare(*files)
+        assert ended.code == 1
+        assert "dense.json was made from something else: model_sha256 was '" in ended.error
+        assert (compressed, contents(place.out)) == ([], before)
+
+    ended = place.compare(low, bits, overwrite=True)
+    assert ended.code == 0, ended.err
+    for name in ("dense", "low"):
+        assert f"{name} is made again: model_sha256 was '" in ended.out
+    assert "bits is made again" not in ended.out
+    assert place.compare(low, bits, out=place.folder / "fresh").code == 0
+    assert compressed == ["low", "bits"] * 2
+    for name in ("dense", "low", "bits"):
+        fresh = json.loads((place.folder / "fresh" / "rows" / f"{name}.json").read_text())
+        for key in ("token_perplexity", "kl", "mean_relative_error", "made_from"):
+            assert place.row(name)[key] == fresh[key], (name, key)
+
+
+def test_a_model_without_a_row_is_not_that_of_other_weights(place: Place, compressed: list[str]) -> None:
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low).code == 0
+    build_toy("llama", seed=1).save_pretrained(place.toy)
+    for name in ("dense", "low"):
+        (place.out / "rows" / f"{name}.json").unlink()
+    compressed.clear()
+    ended = place.compare(low)
+    assert "models/low was made from something else: model_sha256 was '" in ended.error
+    assert place.compare(low, overwrite=True).code == 0
+    assert compressed == ["low"]
+
+
+def test_a_model_that_was_to_be_replaced_is_not_taken_for_the_new_one(
+    place: Place, compressed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low).code == 0
+    place.recipe("low.yaml", f"{SVD}ratio: 0.3\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "stored_bytes", lambda _folder: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            cli.app([*_arguments(place, low), "--overwrite"], standalone_mode=False)
+    compressed.clear()
+    assert place.compare(low, overwrite=True).code == 0
+    assert compressed == ["low"]
+    assert place.row("low")["run"]["requested_ratio"] == 0.3
+
+
+def test_rows_of_another_version_are_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low).code == 0
+    own = lexigram.__version__
+    assert place.row("low")["made_from"]["versions"]["lexigram"] == own
+    monkeypatch.setattr(origin, "versions", lambda: {"lexigram": "9.9", "transformers": "1"})
+    assert f"versions.lexigram was '{own}' and is '9.9'" in place.compare(low).error
+
+
+def test_weights_are_hashed_where_their_files_have_changed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = origin.checked
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(origin, "checked", counted)
+    low = place.recipe("low.yaml", SVD)
+    hashed = []
+    for change in (lambda: None, lambda: None, lambda: os.utime(place.toy / "model.safetensors"), lambda: None):
+        change()
+        assert place.compare(low).code == 0
+        hashed.append(len(calls))
+    assert hashed == [1, 1, 2, 2]
+    (place.out / "weights.json").write_text("{")
+    assert place.compare(low).code == 0
+    assert len(calls) == 3
+
+
+def test_a_model_on_the_hub_is_known_by_its_commit(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_toy("llama").config
+    config._commit_hash = "0123"
+    monkeypatch.setattr(Source, "config", lambda _self: config)
+    hub = Source("owner/name", "owner/name")
+    assert origin.hashed(hub, place.out / "weights.json") is None
+    found = origin.origin(hub, None)
+    assert (found["model_sha256"], found["model_commit"]) == (None, "0123")
+
+
 def test_a_damaged_row_is_told_and_replaced_on_request(place: Place) -> None:
     low = place.recipe("low.yaml", SVD)
     assert place.compare(low).code == 0
@@ -454,6 +580,63 @@ def test_a_recipe_that_fails_at_work_does_not_end_the_others(place: Place, monke
     assert place.table()["rows"][1]["error"] is None
 
 
+OUT_OF_MEMORY: dict[str, tuple[Callable[[], object], str]] = {
+    "python": (lambda: bytearray(2**62), "MemoryError"),
+    "torch": (lambda: torch.empty(10**15), "can't allocate memory"),
+    "a GPU": (
+        lambda: _raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+        "Tried to allocate",
+    ),
+}
+
+
+def _raised(error: BaseException) -> None:
+    raise error
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], object]) -> None:
+    """Let the compression of this name do something else."""
+    real = order.compress
+
+    def instead(recipe: Recipe, out: Path, **options: Any) -> Any:
+        return act() if Path(out).name == name else real(recipe, out, **options)
+
+    monkeypatch.setattr(order, "compress", instead)
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_memory_that_does_not_suffice_for_a_row_ends_no_other(
+    kind: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act, says = OUT_OF_MEMORY[kind]
+    failing(monkeypatch, "low", act)
+    ended = place.compare(place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS))
+    assert ended.code == 1
+    rows = {row["label"]: row for row in place.table()["rows"]}
+    assert "memory did not suffice (" in rows["low"]["error"]
+    assert says in rows["low"]["error"]
+    assert "--workers" in rows["low"]["error"]
+    assert rows["bits"]["error"] is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), TypeError("a mistake"), RuntimeError("shapes differ")])
+def test_what_nobody_can_mend_ends_everything(
+    error: BaseException, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "low", lambda: _raised(error))
+    with pytest.raises(type(error)):
+        lexigram.compare({"low": place.library()}, place.out, place.settings)
+
+
+def test_another_tokenizer_beside_a_model_is_an_error_in_its_row(place: Place) -> None:
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low).code == 0
+    (place.out / "rows" / "low.json").unlink()
+    byte_tokenizer().save_pretrained(place.out / "models" / "low")
+    assert place.compare(low).code == 1
+    assert "split the text into different tokens" in place.table()["rows"][1]["error"]
+
+
 BAD: dict[str, tuple[Callable[[Place], Said], str]] = {
     "unknown key": (
         lambda at: at.compare(at.recipe("a.yaml", "ratioo: 1")),
@@ -468,6 +651,31 @@ BAD: dict[str, tuple[Callable[[Place], Said], str]] = {
     ),
     "a recipe named dense": (lambda at: at.compare(at.recipe("dense.yaml", SVD)), "'dense' is the row of"),
     "ratio out of range": (lambda at: at.compare(at.recipe("a.yaml", SVD), ratio=[2]), "a: ratio is 2.0; it should be"),
+    "two ratios of one name": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), ratio=[0.4, 0.4000001]),
+        "a at ratio 0.4 and a at ratio 0.4000001 would both be the row 'a-0.4'",
+    ),
+    "a name that no file should have": (
+        lambda at: at.compare(at.recipe(".a.yaml", SVD)),
+        "the recipe's name '.a' cannot be that of a file",
+    ),
+    "the name of a healed row": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), at.recipe("a, healed.yaml", BITS), heal=at.words),
+        "'a, healed' is the row of 'a' once it is healed; give that recipe another name",
+    ),
+    "healing on nothing": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), heal_steps=2),
+        "--heal-steps says for how long, and nothing on what; name a text with --heal",
+    ),
+    "missing text to heal on": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), heal="/no.txt"),
+        "there is no file /no.txt",
+    ),
+    "too little memory": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), max_ram="1MiB"),
+        "a memory limit of 1 MiB is too small",
+    ),
+    "no size of memory": (lambda at: at.compare(at.recipe("a.yaml", SVD), max_ram="x"), "'x' is no size of memory"),
     "no recipe can be made": (lambda at: at.compare(at.recipe("a.yaml", SVD), ratio=[0.99, 0.999]), "at ratio 0.99"),
     "missing text": (lambda at: at.compare(at.recipe("a.yaml", SVD), text="/no.txt"), "there is no file /no.txt"),
     "missing calibration": (
@@ -475,7 +683,12 @@ BAD: dict[str, tuple[Callable[[Place], Said], str]] = {
         "there is no file /no.txt",
     ),
     "context too long": (lambda at: at.compare(at.recipe("a.yaml", SVD), context=129), "more than the 128 positions"),
-    "no windows": (lambda at: at.compare(at.recipe("a.yaml", SVD), windows=0), "windows 0 leaves nothing to score"),
+    "no windows": (lambda at: at.compare(at.recipe("a.yaml", SVD), windows=0), "windows is 0; it must be at least 1"),
+    "no context": (lambda at: at.compare(at.recipe("a.yaml", SVD), context=1), "context is 1; it must be at least 2"),
+    "a wrong option beside a recipe": (
+        lambda at: at.compare(at.recipe("a.yaml", SVD), sequences=0),
+        "--sequences is 0; it should be greater than or equal to 1",
+    ),
     "two calibrations": (
         lambda at: at.compare(
             at.recipe("a.yaml", SVD), at.recipe("b.yaml", f"{SVD}calibration: {{seed: 3}}"), calibration="demo"
@@ -517,11 +730,231 @@ def test_no_recipes_in_the_library(tmp_path: Path) -> None:
         lexigram.compare({}, tmp_path / "out", ComparisonSettings(texts=["demo"]))
 
 
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "..", ".a", "", "a\nb"])
+def test_a_name_that_would_be_another_place_is_refused(name: str, place: Place) -> None:
+    with pytest.raises(LexigramError, match="cannot be that of a file, which its row"):
+        planning.plan_comparison({name: place.library()}, place.out, place.settings)
+
+
 def test_a_dry_run_writes_nothing(place: Place) -> None:
     ended = place.compare(place.recipe("low.yaml", SVD), ratio=[0.4, 0.5], dry_run=True)
     assert ended.code == 0
     assert "low-0.5" in ended.out
     assert not place.out.exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------- memory
+
+
+def comparable(found: Plan) -> dict[str, int]:
+    """The stages' memory without what the process takes anyway."""
+    return {name: size - found.memory["save"] for name, size in found.memory.items() if name != "plan"}
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> dict[str, Plan]:
+    """The plans that compressions are given from now on, by name; nothing is compressed."""
+    plans: dict[str, Plan] = {}
+
+    def instead(_recipe: Recipe, out: Path, *, prepared: Plan, **_options: Any) -> Any:
+        plans[Path(out).name] = prepared
+        raise LexigramError("far enough")
+
+    monkeypatch.setattr(order, "compress", instead)
+    return plans
+
+
+def test_every_row_is_planned_as_it_would_be_alone(place: Place) -> None:
+    recipes = {"low": place.library(), "pruned": place.library(method=lexigram.WandaConfig())}
+    settings = place.settings.model_copy(update={"ratios": (0.4, 0.5)})
+    found = planning.plan_comparison(recipes, place.out, settings, workers=2)
+    assert len(found.jobs) == 4
+    for job in found.jobs:
+        alone = lexigram.plan(job.recipe, cache=place.out / "cache", workers=2)
+        assert job.plan is not None
+        assert job.plan.tokens == alone.tokens
+        assert (job.plan.way, comparable(job.plan)) == (alone.way, comparable(alone))
+        assert "try models out" not in job.plan.memory
+
+
+def test_rows_are_planned_again_once_the_model_has_written_its_text(place: Place, prepared: dict[str, Plan]) -> None:
+    """It is sampled in no row's own time, so that no row needs the whole model for it."""
+    calibration = Calibration(sequences=2, length=16)
+    settings = place.settings.model_copy(update={"ratios": (0.4, 0.5)})
+    recipes = {"low": place.library(calibration=calibration)}
+    found = planning.plan_comparison(recipes, place.out, settings)
+    assert all(job.plan is not None and "try models out" in job.plan.memory for job in found.jobs)
+    order.run_comparison(found)
+    assert list(prepared) == ["low-0.4", "low-0.5"]
+    for each in prepared.values():
+        assert each.tokens is not None
+        assert each.tokens == prepared["low-0.4"].tokens
+        assert "try models out" not in each.memory
+
+
+def test_tokens_that_are_there_are_those_of_the_recipe(place: Place) -> None:
+    recipe = place.library()
+    read = lexigram.plan(recipe).tokens
+    assert read is not None
+    assert lexigram.plan(recipe, tokens=read).tokens is read
+    with pytest.raises(LexigramError, match="are 3 sequences of 64, and the recipe asks for 8 of 64; leave them out"):
+        lexigram.plan(recipe, tokens=TokenSequences(read.ids[:3], "a part"))
+
+
+def test_workers_and_the_limit_reach_every_compression(place: Place, prepared: dict[str, Plan]) -> None:
+    files = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    assert place.compare(*files, workers=2, ratio=0.4).code == 1  # nothing is compressed here
+    assert [plan.way.workers for plan in prepared.values()] == [2, 2]
+    needed = max(plan.memory_bytes for plan in prepared.values())
+    assert place.compare(*files, workers=2, ratio=0.4, max_ram=needed // 2, out=place.folder / "less").code == 1
+    assert [plan.way.workers for plan in prepared.values()] == [1, 1]
+    prepared.clear()
+    lexigram.compare({"low": place.library()}, place.out, place.settings, workers=3)
+    assert prepared["low"].way.workers == 3
+    with pytest.raises(LexigramError, match="a memory limit of 1 MiB is too small"):
+        lexigram.compare({"low": place.library()}, place.out, place.settings, max_ram=2**20)
+
+
+# ---------------------------------------------------------------------------------------------------------------- healing
+
+FORMS = ("bits_per_weight", "bytes_before", "bytes_after", "model_bytes", "requested_ratio", "calibration_seed")
+
+
+def test_a_healed_row_stands_behind_its_own(place: Place, long: Path) -> None:
+    """The oracle: `heal` and `eval` by themselves."""
+    low = place.recipe("low.yaml", SVD)
+    ended = place.compare(low, ratio=[0.4, 0.5], heal=long, heal_steps=2)
+    assert ended.code == 0, ended.err
+    assert "low, healed-0.4: to heal" in ended.out
+    names = ["dense", "low-0.4", "low, healed-0.4", "low-0.5", "low, healed-0.5"]
+    found = place.table()
+    assert [row["label"] for row in found["rows"]] == names
+    plain, healed = place.row("low-0.5"), place.row("low, healed-0.5")
+    assert healed["recipe"] == "low, healed"
+    assert {key: healed[key] for key in FORMS} == {key: plain[key] for key in FORMS}
+    assert healed["made_from"]["recipe"] == plain["made_from"]["recipe"]
+    assert (healed["made_from"]["healing"]["steps"], healed["made_from"]["healing"]["texts"]) == (2, [str(long)])
+    assert len(healed["made_from"]["healing_text_sha256"]) == 64
+    assert (len(plain["run"]["healing"]), len(healed["run"]["healing"])) == (0, 1)
+    assert healed["run"]["healing"][0]["steps"] == 2
+    assert (plain["mean_relative_error"] is None, healed["mean_relative_error"]) == (False, None)
+    assert healed["seconds_fitting"] > healed["run"]["healing"][0]["seconds"] > 0
+
+    alone, figures = place.folder / "alone", place.folder / "figures.json"
+    by_hand = place.run(
+        *("heal", place.out / "models" / "low-0.5", "--text", long, "--steps", 2, "--out", alone),
+        *("--against", place.toy, "--device", "cpu"),
+    )
+    assert by_hand.code == 0, by_hand.err
+    evaluate = ("--text", place.words, "--context", 64, "--windows", 2, "--json", figures)
+    assert place.run("eval", alone, "--reference", place.toy, *evaluate).code == 0
+    measured = json.loads(figures.read_text())
+    for key in ("token_perplexity", "word_perplexity", "kl", "top1_agreement", "bits_per_weight", "reference", "text"):
+        assert healed[key] == measured[key], key
+
+    text = (place.out / "table.md").read_text()
+    shown = [(line["recipe"], line["ratio"], line["output error"] == "") for line in markdown_cells(text)]
+    assert shown[1:3] == [("low", "0.4", False), ("low, healed", "0.4", True)]
+    assert "their values trained on long.txt by the objective `kl`" in text
+    curves = plot.curves([Row.model_validate(row) for row in found["rows"]])
+    assert {name: [point.ratio for point in points] for name, points in curves.items()} == {
+        "low": [0.4, 0.5],
+        "low, healed": [0.4, 0.5],
+    }
+
+
+@pytest.fixture
+def healed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the models that are healed from now on."""
+    names: list[str] = []
+    real = order.heal
+
+    def counted(folder: Path, out: Path, settings: HealingSettings, **options: Any) -> Any:
+        assert options["resume"] is True  # a training that ended early goes on
+        names.append(Path(out).name)
+        return real(folder, out, settings, **options)
+
+    monkeypatch.setattr(order, "heal", counted)
+    return names
+
+
+def test_a_comparison_that_was_killed_goes_on_with_its_healing(
+    place: Place, long: Path, compressed: list[str], healed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = place.recipe("low.yaml", SVD)
+    options = {"heal": long, "heal_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(order, "heal", lambda *_args, **_options: _raised(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            cli.app([*_arguments(place, low), "--heal", str(long), "--heal-steps", "1"], standalone_mode=False)
+    assert sorted(file.stem for file in (place.out / "rows").iterdir()) == ["dense", "low"]
+    before = contents(place.out / "rows")
+    compressed.clear()
+    assert place.compare(low, **options).code == 0
+    assert (compressed, healed) == ([], ["low, healed"])
+    after = contents(place.out / "rows")
+    assert {name: after[name] for name in before} == before
+
+    row = place.row("low, healed")
+    (place.out / "rows" / "low, healed.json").unlink()
+    ended = place.compare(low, **options)
+    assert "low, healed: to evaluate" in ended.out
+    assert (compressed, healed) == ([], ["low, healed"])
+    assert place.row("low, healed")["token_perplexity"] == row["token_perplexity"]
+    assert "low, healed: there already" in place.compare(low, **options).out
+
+
+def test_a_model_that_was_dropped_is_made_once_more_to_be_healed(
+    place: Place, long: Path, compressed: list[str], healed: list[str]
+) -> None:
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low, drop_models=True).code == 0
+    before = (place.out / "rows" / "low.json").read_bytes()
+    compressed.clear()
+    ended = place.compare(low, drop_models=True, heal=long, heal_steps=1)
+    assert ended.code == 0, ended.err
+    assert "low, healed: to heal; low was dropped, and is compressed again for it" in ended.out
+    assert (compressed, healed) == (["low"], ["low, healed"])
+    assert (place.out / "rows" / "low.json").read_bytes() == before
+    assert [row["error"] for row in place.table()["rows"]] == [None] * 3
+    assert list((place.out / "models").iterdir()) == list((place.out / "origins").iterdir()) == []
+
+
+def test_other_settings_or_another_text_make_another_healed_row(
+    place: Place, long: Path, compressed: list[str], healed: list[str]
+) -> None:
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low, heal=long, heal_steps=1).code == 0
+    plain = (place.out / "rows" / "low.json").read_bytes()
+    ended = place.compare(low, heal=long, heal_steps=2)
+    assert "low, healed.json was made from something else: healing.steps was 1 and is 2" in ended.error
+    long.write_text(f"w0 {long.read_text()}")
+    assert "healing_text_sha256 was '" in place.compare(low, heal=long, heal_steps=1).error
+    compressed.clear()
+    healed.clear()
+    ended = place.compare(low, heal=long, heal_steps=2, overwrite=True)
+    assert ended.code == 0, ended.err
+    assert "low, healed is made again: healing.steps was 1 and is 2" in ended.out
+    assert (compressed, healed) == ([], ["low, healed"])
+    assert place.row("low, healed")["run"]["healing"][0]["settings"]["steps"] == 2
+    assert (place.out / "rows" / "low.json").read_bytes() == plain
+
+
+def test_what_failed_is_not_healed(
+    place: Place, long: Path, healed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "low", lambda: _raised(LexigramError("the fit came to nothing")))
+    files = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
+    assert place.compare(*files, heal=long, heal_steps=1).code == 1
+    errors = {row["label"]: row["error"] for row in place.table()["rows"]}
+    assert errors == {
+        "dense": None,
+        "low": "the fit came to nothing",
+        "low, healed": "low failed: the fit came to nothing",
+        "bits": None,
+        "bits, healed": None,
+    }
+    assert healed == ["bits, healed"]
 
 
 # ------------------------------------------------------------------------------------------------------------------- plot
@@ -687,6 +1120,46 @@ def test_names_do_not_break_the_markdown_table() -> None:
     text = markdown([row("a|b", 0.2, error="two\nlines")], title="t", plot=None, command="c")
     assert "| a\\|b | 0.2 |" in text
     assert "failed: two lines\n" in text
+
+
+@pytest.mark.parametrize("ending", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("killed")])
+def test_a_table_is_never_half_written(ending: Exception, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = place.recipe("low.yaml", SVD)
+    assert place.compare(low).code == 0
+    before = (place.out / "table.md").read_bytes()
+    real = Path.write_text
+
+    def half(file: Path, text: str, **options: Any) -> int:
+        if "table.md" not in file.name:
+            return real(file, text, **options)
+        real(file, text[: len(text) // 2], **options)
+        raise ending
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises((LexigramError, RuntimeError), match=r"killed|table\.md cannot be written: No space left"):
+        lexigram.compare({"low": place.library()}, place.out, place.settings)
+    assert (place.out / "table.md").read_bytes() == before
+
+
+def test_a_record_of_an_evaluation_is_that_of_eval(place: Place) -> None:
+    figures = place.folder / "figures.json"
+    told = ("--text", place.words, "--context", 64, "--stride", 32, "--windows", 2, "--reference", place.toy)
+    assert place.run("eval", place.toy, *told, "--device", "cpu", "--json", figures).code == 0
+    steps: list[tuple[int, int]] = []
+    found = evaluated(
+        str(place.toy),
+        [str(place.words)],
+        read_texts([str(place.words)]),
+        reference=str(place.toy),
+        context=64,
+        stride=32,
+        windows=2,
+        device=torch.device("cpu"),
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    measured = json.loads(figures.read_text())
+    assert {**measured, "seconds": 0} == {"label": str(place.toy), **found, "seconds": 0}
+    assert steps == [(1, 2), (2, 2)]
 
 
 def test_rows_are_watched_by_their_names(place: Place) -> None:

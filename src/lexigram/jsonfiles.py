@@ -30,7 +30,15 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     Raises:
         LexigramError: where the file cannot be written.
     """
-    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+    write_text(file, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `text` in UTF-8, whole or not at all: beside `file`, and then in its place.
+
+    Raises:
+        LexigramError: where the file cannot be written.
+    """
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +52,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         ) from error
 
 
-def read_json(file: Path, *, finite: bool = True, remedy: str = "name what lexigram wrote") -> dict[str, Any]:
+def read_json(file: Path, *, finite: bool = True, remedy: str) -> dict[str, Any]:
     """The object in `file`.
 
     Args:

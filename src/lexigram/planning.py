@@ -124,7 +124,12 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, *, cache: str | Path | None = None, workers: int | None = 1, max_ram: int | None = None
+    recipe: Recipe,
+    *,
+    cache: str | Path | None = None,
+    workers: int | None = 1,
+    max_ram: int | None = None,
+    tokens: TokenSequences | None = None,
 ) -> Plan:
     """Resolve a recipe without reading weights.
 
@@ -134,9 +139,11 @@ def plan(
             not make them again.
         workers: matrices that are fitted at once; None for one a core where models are worth it.
         max_ram: bytes of memory that the run may take, its workers included.
+        tokens: the calibration, where it is there already from this recipe's text and seed, read or sampled before.
 
     Raises:
-        LexigramError: for a model, pattern, text, device or ratio that will not do, or a memory limit that is too small.
+        LexigramError: for a model, pattern, text, device or ratio that will not do, a memory limit that is too small, or
+            tokens of another size than the recipe's.
     """
     start = time.perf_counter()
     source = Source.resolve(recipe.model)
@@ -156,10 +163,13 @@ def plan(
     groups = _groups(recipe, skeleton, targets)
     allocation = _allocation(recipe, targets, groups)
     length = _length(recipe, config)
-    tokens = None if recipe.calibration.text == (SELF,) else _read_tokens(recipe, source, length)
+    if tokens is not None:
+        _check_tokens(tokens, recipe.calibration.sequences, length)
+    elif recipe.calibration.text != (SELF,):
+        tokens = _read_tokens(recipe, source, length)
     compute_dtype = forward_dtype(device, recipe.compute_dtype)
     read = recipe.calibration.sequences * length, length
-    needs = _needs(recipe, source, skeleton, targets, groups, read, compute_dtype)
+    needs = _needs(recipe, source, skeleton, targets, groups, read, compute_dtype, samples=tokens is None)
     before = peak_memory_bytes()
     way, memory = chosen_way(needs, resident_bytes(), workers or _default_workers(device, targets), max_ram, before)
     return Plan(
@@ -274,6 +284,15 @@ def _read_tokens(recipe: Recipe, source: Source, length: int) -> TokenSequences:
     )
 
 
+def _check_tokens(tokens: TokenSequences, sequences: int, length: int) -> None:
+    """Raise where sequences that are there already are not those that a recipe asks for."""
+    if (len(tokens), tokens.length) != (sequences, length):
+        raise LexigramError(
+            f"the tokens that are there are {len(tokens)} sequences of {tokens.length}, and the recipe asks for {sequences} of "
+            f"{length}; leave them out, or plan with those of this recipe"
+        )
+
+
 def _uncompressed_bytes(recipe: Recipe, skeleton: PreTrainedModel, targets: list[Target]) -> int:
     """Of everything but the target weights, in the dtype that it will be stored in; a tied weight counts once."""
     compressed = {f"{target.name}.weight" for target in targets}
@@ -301,8 +320,13 @@ def _needs(
     groups: list[tuple[str, ...]] | None,
     tokens: tuple[int, int],
     compute: torch.dtype,
+    *,
+    samples: bool,
 ) -> Needs:
-    """The sizes that decide what is in memory; `tokens` are the calibration's, and those of a sequence."""
+    """The sizes that decide what is in memory.
+
+    `tokens` are the calibration's, and those of a sequence; `samples` says whether the model itself is still to write them.
+    """
     config = skeleton.config.get_text_config()
     stored = source.dtype(skeleton.config)
     inside = tuple(f"{decoder_layers_name(skeleton)}.{index}." for index, _ in enumerate(decoder_layers(skeleton)))
@@ -317,7 +341,7 @@ def _needs(
     widths = [sum(weight_of(module).shape) for module in decoder_layers(skeleton)[0].modules() if is_linear(module)]
     whole = sum(count.values()) * stored.itemsize
     drawn = recipe.refine > 0 or passes_over_model(recipe.method) > 0
-    tried = recipe.calibration.text == (SELF,) or drawn
+    tried = samples or drawn
     return Needs(
         tokens=tokens[0],
         length=tokens[1],

@@ -8,35 +8,43 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lexigram.cli.arguments import DtypeName, Model
+from lexigram.cli.arguments import Count, DryRun, DtypeName, MaxRam, Model
 from lexigram.cli.options import Option
-from lexigram.cli.recipes import OPTIONS, declared
+from lexigram.cli.recipes import OPTIONS, declared, merged
 from lexigram.cli.screen import console, errors, say
 from lexigram.comparison.order import Comparison, run_comparison
-from lexigram.comparison.planning import ComparisonPlan, ComparisonSettings, plan_comparison
+from lexigram.comparison.planning import ComparisonPlan, ComparisonSettings, Job, plan_comparison
 from lexigram.comparison.table import DENSE, Row, perplexity, table
 from lexigram.errors import LexigramError
+from lexigram.memory import parsed
 from lexigram.progress import Bars, drawing
-from lexigram.recipe import Recipe, merge
+from lexigram.recipe import Recipe
 from lexigram.reporting import tables
 from lexigram.shown import MACHINE
+from lexigram.training import HealingSettings
 
 EXAMPLES = (
     "lexigram compare demo --recipes svd.yaml wanda.yaml --ratio 0.2 0.4 --calibration demo --text demo --out compared",
     "lexigram compare ./model --recipes *.yaml --seeds 0 1 --calibration c4.jsonl --text wiki.test.txt --out compared",
+    "lexigram compare demo --recipes svd.yaml --calibration demo --text demo --heal demo --heal-steps 100 --out compared",
 )
 _OWN = {key: Option("settings", key, {"comparison": field}) for key, field in ComparisonSettings.model_fields.items()}
+_HEALING = "Healing"
+_HEAL = {key: Option("settings", key, {"healing": field}) for key, field in HealingSettings.model_fields.items()}
 _RECIPES = (
     "YAML files with any of the settings of a recipe.yaml, such as `method: {name: wanda}`; a row has its file's name."
 )
 _OUT = "Folder for rows, models, table and plot. What is there already is not made again."
-_OVERWRITE = "Replace rows that were made from other recipes, texts or windows."
+_OVERWRITE = "Replace rows that were made from other recipes, texts or windows, other weights, or by another version."
+_HEAL_TEXTS = (
+    "Train the stored values of every compressed model on these, too, for a second row of the same bytes: NAME, healed."
+)
 
 
 def compare(
     model: Model,
     recipes: Annotated[list[Path], typer.Option(metavar="FILE...", help=_RECIPES)],
-    out: Annotated[Path, typer.Option("--out", "-o", help=_OUT)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help=_OUT)],
     texts: Annotated[list[str], declared(_OWN["texts"], rich_help_panel=None)],
     ratios: Annotated[list[float] | None, declared(_OWN["ratios"])] = None,
     calibration: Annotated[list[str] | None, declared(OPTIONS["calibration"], metavar="TEXT...")] = None,
@@ -46,14 +54,23 @@ def compare(
     context: Annotated[int | None, declared(_OWN["context"])] = None,
     windows: Annotated[int | None, declared(_OWN["windows"])] = None,
     dtype: Annotated[DtypeName | None, declared(_OWN["dtype"])] = None,
+    heal: Annotated[
+        list[str] | None, typer.Option("--heal", metavar="TEXT...", help=_HEAL_TEXTS, rich_help_panel=_HEALING)
+    ] = None,
+    heal_steps: Annotated[
+        int | None, typer.Option("--heal-steps", help=_HEAL["steps"].help, rich_help_panel=_HEALING)
+    ] = None,
+    heal_minutes: Annotated[
+        float | None, typer.Option("--heal-minutes", help=_HEAL["minutes"].help, rich_help_panel=_HEALING)
+    ] = None,
     device: Annotated[str | None, declared(OPTIONS["device"])] = None,
     drop_models: Annotated[bool, declared(_OWN["drop_models"])] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help=_OVERWRITE, rich_help_panel=MACHINE)
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", metavar="", help="Print the plan and stop.", rich_help_panel=MACHINE)
-    ] = False,
+    workers: Count = None,
+    max_ram: MaxRam = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Compress MODEL by several recipes on one calibration; measure every result, and MODEL itself.
 
@@ -61,7 +78,7 @@ def compare(
     interrupted goes on at the next row. A recipe that fails is a row with its error, and the exit code is 1 in the end.
     MODEL stands before the options that take several values.
     """
-    common = {"text": calibration or None, "sequences": sequences, "length": length}
+    common = {"calibration": calibration or None, "sequences": sequences, "length": length, "device": device}
     given = {
         "texts": texts,
         "ratios": ratios,
@@ -69,11 +86,13 @@ def compare(
         "context": context,
         "windows": windows,
         "dtype": dtype and dtype.value,
+        "heal": _heals(heal, heal_steps, heal_minutes),
         "drop_models": drop_models,
     }
     settings = ComparisonSettings.model_validate({key: value for key, value in given.items() if value is not None})
-    read = _recipes(recipes, {"model": model, "device": device}, common)
-    prepared = plan_comparison(read, out, settings, overwrite=overwrite)
+    read = _recipes(recipes, model, {name: value for name, value in common.items() if value is not None})
+    limit = None if max_ram is None else parsed(max_ram)
+    prepared = plan_comparison(read, out, settings, overwrite=overwrite, workers=workers, max_ram=limit)
     _show_plan(prepared)
     if dry_run:
         return
@@ -110,11 +129,11 @@ def repeated(args: Sequence[str], flags: Collection[str]) -> list[str]:
     return found
 
 
-def _recipes(files: Sequence[Path], settings: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Recipe]:
-    """By the names of their files, options over what stands in them.
+def _recipes(files: Sequence[Path], model: str, given: dict[str, Any]) -> dict[str, Recipe]:
+    """By the names of their files, options (by their parameters' names) over what stands in them.
 
     Raises:
-        LexigramError: for two files of one name, and as `Recipe.read` and `merge` do.
+        LexigramError: for two files of one name, and as `Recipe.read` and `merged` do.
     """
     found: dict[str, Path] = {}
     for file in files:
@@ -123,21 +142,45 @@ def _recipes(files: Sequence[Path], settings: dict[str, Any], calibration: dict[
                 f"{found[file.stem]} and {file} would both be the row {file.stem!r}; rename one of them"
             )
         found[file.stem] = file
-    return {
-        name: merge(
-            Recipe.read(file), preset=None, method={}, calibration=calibration, settings=settings, where=str(file)
+    return {name: merged(Recipe.read(file), model, given, where=str(file)) for name, file in found.items()}
+
+
+def _heals(texts: list[str] | None, steps: int | None, minutes: float | None) -> HealingSettings | None:
+    """None where nobody asks for it.
+
+    Raises:
+        LexigramError: for steps or minutes without a text, and as `HealingSettings.parse` does.
+    """
+    given = {"texts": texts or None, "steps": steps, "minutes": minutes}
+    told = {key: value for key, value in given.items() if value is not None}
+    if told and not texts:
+        raise LexigramError(
+            f"--heal-{next(iter(told))} says for how long, and nothing on what; name a text with --heal"
         )
-        for name, file in found.items()
-    }
+    return HealingSettings.parse(told) if told else None
 
 
 def _show_plan(prepared: ComparisonPlan) -> None:
     console.print(tables.comparison_plan_table(prepared))
+    for name, why in prepared.again.items():
+        say(f"{name} is made again: {why}")
     for job in prepared.jobs:
         if job.error is not None:
             say(f"{job.name} cannot be made: {job.error}")
+        elif job.healed is not None:
+            say(f"{job.healed.name}: {_healing_state(job, job.healed)}")
     if prepared.plotless:
         say(prepared.plotless)
+
+
+def _healing_state(job: Job, healed: Job) -> str:
+    if healed.done is not None:
+        return "there already"
+    if healed.kept:
+        return "to evaluate"
+    if job.done is None or job.kept:
+        return "to heal"
+    return f"to heal; {job.name} was dropped, and is compressed again for it"
 
 
 @contextmanager

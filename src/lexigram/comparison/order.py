@@ -1,43 +1,45 @@
 """`compare`: several recipes on one calibration, row after row, into one table and one plot.
 
-The order of a comparison, as `pipeline` has that of a run: evaluate the dense model, then compress and evaluate row by row.
-What is done lies in the folder, where `planning` finds it, so that a comparison that was killed goes on at the next
-row. What the rows come to as text is the business of `table`, the plot that of `plot`.
+The order of a comparison, as `pipeline` has that of a run: sample the calibration where the model itself writes it, evaluate
+the dense model, then compress and evaluate row by row, and heal and evaluate again where that is asked for. What is done lies
+in the folder, where `planning` finds it, so that a comparison that was killed goes on at the next row. What the rows come to as
+text is the business of `table`, the plot that of `plot`.
 """
 
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
 
 from lexigram.calibration.tokens import TokenSequences
+from lexigram.comparison.earlier import HASHED, MODELS, ROWS, origin_file
 from lexigram.comparison.planning import (
-    MODELS,
-    ROWS,
     TABLE,
     ComparisonPlan,
     ComparisonSettings,
     Job,
-    Reading,
     plan_comparison,
+    planned,
+    unmade,
 )
 from lexigram.comparison.plot import draw, plot_files
 from lexigram.comparison.table import DENSE, Row, markdown, summary
 from lexigram.errors import LexigramError
-from lexigram.evaluation import bits_per_weight, evaluate, stored_bytes
-from lexigram.jsonfiles import read_json, write_json
+from lexigram.evaluation.records import evaluated
+from lexigram.healing import heal
+from lexigram.jsonfiles import read_json, write_json, write_text
 from lexigram.pipeline import compress, sampled
 from lexigram.planning import Plan
 from lexigram.recipe import Recipe
 from lexigram.records import machine, versions
 from lexigram.running import Silent, Stages, counted
 from lexigram.staging import RUN_FILE
-from lexigram.transformers_io import open_model
+from lexigram.training import HealingSettings
 
 TEXT = "table.md"
 _EXCERPT = (
@@ -57,16 +59,23 @@ _EXCERPT = (
     "device_peak_memory_bytes",
     "stages",
     "machine",
+    "healing",
 )
 """What of `run.json` stands in a row besides the columns of the table; the layers stay with the model."""
 
+CALIBRATION = "calibration"
+"""The name by which its progress is told, where it is made before all rows."""
+
 Watch = Callable[[str], AbstractContextManager[Stages]]
-"""Asked for somebody to tell the progress of a row, by its name."""
+"""Asked for somebody to tell the progress of a row, by its name, or of the calibration."""
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""In what torch says where memory did not suffice: that of a GPU, that of the CPU, on Windows, to the libraries of CUDA."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison came to: the dense row first, then one a recipe, ratio and seed."""
+    """What a comparison came to: the dense row first, then one a recipe, ratio and seed, each with its healed one behind it."""
 
     rows: list[Row]
     files: list[Path]
@@ -83,6 +92,8 @@ def compare(
     settings: ComparisonSettings,
     *,
     overwrite: bool = False,
+    workers: int | None = 1,
+    max_ram: int | None = None,
 ) -> Comparison:
     """Compress one model by several recipes on one calibration, and measure every result.
 
@@ -91,7 +102,9 @@ def compare(
     Raises:
         LexigramError: as these do.
     """
-    return run_comparison(plan_comparison(recipes, out, settings, overwrite=overwrite))
+    return run_comparison(
+        plan_comparison(recipes, out, settings, overwrite=overwrite, workers=workers, max_ram=max_ram)
+    )
 
 
 def run_comparison(
@@ -102,8 +115,9 @@ def run_comparison(
 ) -> Comparison:
     """Make the rows that are not there yet, and then the table and the plot.
 
-    The folder has `rows/NAME.json` for every row that has figures, `models/NAME`, the calibration in `cache`, `table.md`,
-    `table.json`, and where matplotlib is installed `plot.png` and `plot.svg`.
+    The folder has `rows/NAME.json` for every row that has figures, `models/NAME`, in `origins/NAME.json` what that was made
+    from, the calibration in `cache`, the hash of the weights in `weights.json`, `table.md`, `table.json`, and where matplotlib
+    is installed `plot.png` and `plot.svg`.
 
     Args:
         prepared: what to do.
@@ -112,52 +126,75 @@ def run_comparison(
 
     Raises:
         LexigramError: where the dense model cannot be evaluated or the table not be written. What goes wrong with one recipe
-            stands in its row.
+            stands in its row, memory that does not suffice too.
     """
-    watch = watch or (lambda _name: nullcontext(Silent()))
-    out, rows = prepared.out, []
-    samples: dict[int, TokenSequences] = {}
-
-    def made(row: Row) -> Row:
-        if tell:
-            tell(row)
-        return row
-
-    with watch(DENSE) if prepared.dense is None else nullcontext(Silent()) as progress:
-        rows.append(prepared.dense or made(_dense_row(prepared, progress)))
-    for job in prepared.jobs:
-        if job.done is not None:
-            rows.append(job.done)
-        elif job.plan is None:
-            rows.append(job.failed(job.error or ""))
-        else:
-            try:
-                with watch(job.name) as progress:
-                    row = _row(prepared, job, job.plan, samples, progress)
-            except LexigramError as error:
-                row = job.failed(str(error))
-            rows.append(made(row))
-        folder = out / MODELS / job.name
-        if prepared.drop_models and rows[-1].error is None and (folder / RUN_FILE).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-    rows[0] = rows[0].model_copy(update={"bytes_after": _dense_layers(prepared.jobs, rows[0])})
+    watch, tell = watch or (lambda _name: nullcontext(Silent())), tell or (lambda _row: None)
+    out, jobs = prepared.out, _calibrated(prepared, watch)
+    dense = prepared.dense
+    if dense is None:
+        with watch(DENSE) as progress, _memory_told():
+            dense = _dense_row(prepared, progress)
+        tell(dense)
+    if prepared.hashed is not None:
+        write_json(out / HASHED, prepared.hashed.model_dump(mode="json"))
+    rows = [dense.model_copy(update={"bytes_after": _dense_layers(prepared.jobs, dense)})]
+    for before, job in zip(prepared.jobs, jobs, strict=True):
+        of_job: list[Row] = []
+        for each in job.family:
+            of_job.append(
+                each.done or _row(prepared, job, each, [row for row in of_job if row.error is not None], watch)
+            )
+            if each.done is None and before.error is None:  # what cannot be made is told by the plan
+                tell(of_job[-1])
+        if prepared.drop_models and all(row.error is None for row in of_job):
+            for each in job.family:
+                _drop(out, each.name)
+        rows += of_job
     return Comparison(rows, _written(prepared, rows))
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    """Turn memory that did not suffice into a LexigramError; any other error is none that a user could mend."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not memory and not any(text in str(error) for text in _NO_MEMORY):
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise LexigramError(
+            f"memory did not suffice ({said}); free some, or take fewer --workers, a smaller --max-ram or --context"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------- calibration, rows
+
+
+def _calibrated(prepared: ComparisonPlan, watch: Watch) -> list[Job]:
+    """The jobs with their tokens: what the model itself writes is sampled now, once a seed, and plans are made that know it.
+
+    It is done before anything else has taken memory, which a limit would count.
+    """
+    samples: dict[int, TokenSequences] = {}
+
+    def known(job: Job) -> Job:
+        if not job.compresses or job.plan is None or job.plan.tokens is not None:
+            return job
+        try:
+            if job.seed not in samples:
+                with watch(CALIBRATION) as progress, _memory_told():
+                    samples[job.seed] = sampled(job.plan, job.plan.source.model(job.plan.device), progress)
+            return planned(job, prepared.planner(job.recipe, tokens=samples[job.seed]))
+        except LexigramError as error:
+            return unmade(job, str(error))
+
+    return [known(job) for job in prepared.jobs]
 
 
 def _dense_row(prepared: ComparisonPlan, progress: Stages) -> Row:
-    model, tokenizer = open_model(prepared.model, device=prepared.reading.device, dtype=prepared.reading.dtype)
-    figures = _evaluated(prepared.reading, model, tokenizer, None, progress)
-    row = Row(
-        label=DENSE,
-        recipe=DENSE,
-        model=prepared.model,
-        made_from=dict(prepared.made_from),
-        **figures,
-    )
-    return _kept(prepared.out, row)
+    figures = _evaluated(prepared, prepared.model, None, progress)
+    return _kept(prepared.out, Row(label=DENSE, recipe=DENSE, made_from=dict(prepared.made_from), **figures))
 
 
 def _dense_layers(jobs: Sequence[Job], dense: Row) -> int | None:
@@ -168,29 +205,80 @@ def _dense_layers(jobs: Sequence[Job], dense: Row) -> int | None:
     return round(weights.pop() * dense.bits_per_weight / 8)
 
 
-def _row(
-    prepared: ComparisonPlan, job: Job, planned: Plan, samples: dict[int, TokenSequences], progress: Stages
-) -> Row:
-    """Compress, evaluate, and leave the row in its file."""
+def _row(prepared: ComparisonPlan, job: Job, of: Job, failed: Sequence[Row], watch: Watch) -> Row:
+    """The row of a job or of its healed model: make the model where it is not there, evaluate, and leave the row in its file.
+
+    Args:
+        prepared: the comparison.
+        job: that compresses.
+        of: it, or its healed one.
+        failed: rows of the job that have failed, without whose models there is nothing to do.
+        watch: see `Watch`.
+    """
+    if of.plan is None:
+        return of.failed(of.error or "")
+    if failed and not of.kept:
+        return of.failed(f"{failed[0].label} failed: {failed[0].error}")
+    try:
+        with watch(of.name) as progress, _memory_told():
+            if not of.kept and of.heals is None:
+                _compress(prepared, job, of.plan, progress)
+            elif not of.kept and of.heals is not None:
+                _heal(prepared, job, of, of.heals, progress)
+            return _measured(prepared, of, progress)
+    except LexigramError as error:
+        return of.failed(str(error))
+
+
+def _compress(prepared: ComparisonPlan, job: Job, plan: Plan, progress: Stages) -> None:
     folder = prepared.out / MODELS / job.name
-    if not job.kept:
-        if planned.tokens is None:
-            seed = job.recipe.calibration.seed
-            if seed not in samples:
-                samples[seed] = sampled(planned, planned.source.model(planned.device), progress)
-            planned = replace(planned, tokens=samples[seed])
-        compress(job.recipe, folder, overwrite=prepared.overwrite, progress=progress, prepared=planned, resume=True)
-    run = read_json(folder / RUN_FILE)
-    reading = prepared.reading
-    model, tokenizer = open_model(str(folder), device=reading.device, dtype=reading.dtype)
-    reference, _ = open_model(prepared.model, device=reading.device, dtype=reading.dtype)
-    figures = _evaluated(reading, model, tokenizer, reference, progress)
+    with _noted(prepared.out, job):
+        compress(job.recipe, folder, overwrite=prepared.overwrite, progress=progress, prepared=plan, resume=True)
+
+
+def _heal(prepared: ComparisonPlan, job: Job, healed: Job, settings: HealingSettings, progress: Stages) -> None:
+    """The healed model of a job, whose own is made once more where it was dropped after its row."""
+    if job.done is not None and not job.kept and job.plan is not None:
+        _compress(prepared, job, job.plan, progress)
+    with _noted(prepared.out, healed):
+        heal(
+            prepared.out / MODELS / job.name,
+            prepared.out / MODELS / healed.name,
+            settings,
+            against=prepared.model,
+            device=prepared.reading.device,
+            overwrite=prepared.overwrite,
+            resume=True,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _noted(out: Path, job: Job) -> Iterator[None]:
+    """Leave beside the model of a job what it is made from.
+
+    Before it is made, so that a model without a row is known; where another one is replaced, only once that is gone.
+    """
+    file, replaces = origin_file(out, job.name), (out / MODELS / job.name / RUN_FILE).is_file()
+    if replaces:
+        file.unlink(missing_ok=True)
+    else:
+        write_json(file, dict(job.origin))
+    yield
+    write_json(file, dict(job.origin))
+
+
+def _measured(prepared: ComparisonPlan, job: Job, progress: Stages) -> Row:
+    """The row of a model that is there, in its file too."""
+    folder = prepared.out / MODELS / job.name
+    run = read_json(folder / RUN_FILE, remedy=f"delete {folder} and run again")
+    figures = _evaluated(prepared, str(folder), prepared.model, progress)
+    fitting = [run["stages"].get(stage, {}).get("seconds", 0.0) for stage in ("allocate", "fit")]
     row = Row(
         label=job.name,
-        model=str(folder),
-        reference=prepared.model,
-        **{key: run[key] for key in ("bytes_before", "bytes_after", "mean_relative_error")},
-        seconds_fitting=sum(run["stages"].get(stage, {}).get("seconds", 0.0) for stage in ("allocate", "fit")),
+        **{key: run[key] for key in ("bytes_before", "bytes_after")},
+        mean_relative_error=None if run["healing"] else run["mean_relative_error"],
+        seconds_fitting=sum([*fitting, *(healing["seconds"] for healing in run["healing"])]),
         run={key: run[key] for key in _EXCERPT},
         made_from=dict(job.made_from),
         **job.who,
@@ -199,37 +287,35 @@ def _row(
     return _kept(prepared.out, row)
 
 
-def _evaluated(
-    reading: Reading, model: PreTrainedModel, tokenizer: Any, reference: PreTrainedModel | None, progress: Stages
-) -> dict[str, Any]:
-    """The figures of `lexigram eval`."""
+def _evaluated(prepared: ComparisonPlan, model: str, reference: str | None, progress: Stages) -> dict[str, Any]:
+    reading = prepared.reading
     with progress.stage("evaluate", reading.steps) as step:
-        result = evaluate(
+        return evaluated(
             model,
-            tokenizer,
+            reading.texts,
             reading.content,
+            reference=reference,
             context=reading.context,
             windows=reading.windows,
-            reference=reference,
+            device=reading.device,
+            dtype=reading.dtype,
             progress=counted(step),
         )
-    return {
-        "text": ", ".join(Path(name).name for name in reading.texts),
-        "model_bytes": stored_bytes(model),
-        "bits_per_weight": bits_per_weight(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(reading.device),
-        **result.model_dump(),
-        "versions": versions(),
-        "command": " ".join(sys.argv),
-    }
+
+
+def _drop(out: Path, name: str) -> None:
+    """Remove a model of ours, if there is one."""
+    folder = out / MODELS / name
+    if (folder / RUN_FILE).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        origin_file(out, name).unlink(missing_ok=True)
 
 
 def _kept(out: Path, row: Row) -> Row:
     """Write the row, and give it back as it stands there: with no number that JSON does not have."""
     file = out / ROWS / f"{row.label}.json"
     write_json(file, row.model_dump(mode="json"))
-    return Row.model_validate(read_json(file))
+    return Row.model_validate(read_json(file, remedy="run again"))
 
 
 # -------------------------------------------------------------------------------------------------------- table and plot
@@ -238,7 +324,6 @@ def _kept(out: Path, row: Row) -> Row:
 def _written(prepared: ComparisonPlan, rows: Sequence[Row]) -> list[Path]:
     """The files that show all rows together; a plot of other rows does not stay beside the table."""
     out, plotted = prepared.out, list(plot_files(prepared.out))
-    out.mkdir(parents=True, exist_ok=True)
     count = len({job.recipe_name for job in prepared.jobs})
     title = f"{Path(prepared.model).name}: {count} recipe{'s' if count > 1 else ''}"
     command = " ".join(sys.argv)
@@ -249,7 +334,7 @@ def _written(prepared: ComparisonPlan, rows: Sequence[Row]) -> list[Path]:
             "command": command,
             "versions": versions(),
             "machine": machine(prepared.reading.device),
-            "recipes": {job.name: job.made_from["recipe"] for job in prepared.jobs},
+            "recipes": {each.name: each.made_from["recipe"] for job in prepared.jobs for each in job.family},
             "table": summary(rows),
             "rows": [row.model_dump(mode="json") for row in rows],
         },
@@ -260,10 +345,7 @@ def _written(prepared: ComparisonPlan, rows: Sequence[Row]) -> list[Path]:
         _remove(plotted)
         plotted = []
     text = markdown(rows, title=title, plot=plotted[-1].name if plotted else None, command=command)
-    try:
-        (out / TEXT).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LexigramError(f"{out / TEXT} cannot be written: {error.strerror or error}; free some space") from error
+    write_text(out / TEXT, text)
     return [out / TEXT, out / TABLE, *plotted]
 
 

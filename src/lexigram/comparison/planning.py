@@ -6,32 +6,35 @@ As in `planning`, every error that a user can make is raised before any work; wh
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lexigram.allocation.units import Allocation
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import TokenSequences, token_ids
+from lexigram.comparison.earlier import CACHE, HASHED, MODELS, ROWS, model_left, row_left
+from lexigram.comparison.origin import Hashed, hashed, origin
 from lexigram.comparison.plot import missing
-from lexigram.comparison.table import DENSE, Row, difference
+from lexigram.comparison.table import DENSE, HEALED, Row, difference
 from lexigram.devices import resolve_device
 from lexigram.errors import LexigramError
-from lexigram.jsonfiles import check_writable, read_json
+from lexigram.evaluation.perplexity import check_windowing
+from lexigram.jsonfiles import check_writable
 from lexigram.planning import Plan, plan
-from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Names, Recipe
+from lexigram.recipe import GLOBAL, KNAPSACK, UNIFORM, Names, Recipe
 from lexigram.running import check_context
 from lexigram.shown import BUDGET, CALIBRATION, EVALUATION, MACHINE, Shown
 from lexigram.source import Source
-from lexigram.staging import RUN_FILE, check_target
+from lexigram.staging import check_target
+from lexigram.training import HealingSettings
 
 TABLE = "table.json"
-ROWS, MODELS, CACHE = "rows", "models", "cache"
-"""Folders in that of a comparison."""
 
 
 class ComparisonSettings(BaseModel):
@@ -55,6 +58,9 @@ class ComparisonSettings(BaseModel):
     )
     dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Shown(EVALUATION)] = Field(
         default="auto", description="Of what is not compressed while it is evaluated."
+    )
+    heal: Annotated[HealingSettings | None, Shown(option=False)] = Field(
+        default=None, description="How every compressed model is healed, for a second row of it."
     )
     drop_models: Annotated[bool, Shown(MACHINE)] = Field(
         default=False, description="Remove each model once it is evaluated."
@@ -92,19 +98,41 @@ class Job:
     """One row to be: a recipe at a ratio and a calibration seed.
 
     Either `plan` or `error` is None. `done` is the row that an earlier comparison left, `kept` whether it left the model
-    without a row.
+    that this row is of, `other` in what an earlier row or model differs that is to be replaced. `origin` is all that decides
+    the model, `made_from` all that decides the figures. `healed` is the row of the same model once its values are trained: of
+    the same plan, with `heals` for how, and none of its own.
     """
 
     name: str
     recipe_name: str
-    ratio: float | None
-    seed: int | None
+    ratio: float
+    seed: int
     recipe: Recipe
-    plan: Plan | None
-    error: str | None
-    made_from: Mapping[str, Any]
+    plan: Plan | None = None
+    error: str | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    made_from: Mapping[str, Any] = field(default_factory=dict)
     done: Row | None = None
     kept: bool = False
+    other: str | None = None
+    heals: HealingSettings | None = None
+    healed: "Job | None" = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its row is to be made, and the model for it."""
+        return self.plan is not None and self.done is None and not self.kept
+
+    @property
+    def compresses(self) -> bool:
+        """Whether a model is to be compressed: for this row, or to be healed."""
+        needed = self.done is None or (self.healed is not None and self.healed.waits)
+        return self.plan is not None and not self.kept and needed
+
+    @property
+    def family(self) -> "tuple[Job, ...]":
+        """It and what is made of its model."""
+        return (self,) if self.healed is None else (self, self.healed)
 
     def failed(self, error: str) -> Row:
         """The row of a job that came to nothing."""
@@ -127,47 +155,73 @@ class ComparisonPlan:
     """All that decides the figures of the dense row."""
     dense: Row | None
     """That row, where an earlier comparison left it."""
+    hashed: Hashed | None
+    """The weights as they are; None of a model on the hub."""
     jobs: list[Job]
+    planner: Callable[..., Plan]
+    """`lexigram.planning.plan` with all that rows have in common besides their recipes."""
     overwrite: bool
+    again: Mapping[str, str]
+    """In what rows or models differ that are to be replaced, by name."""
     drop_models: bool
     """Remove every model as soon as its row is there."""
     plotless: str | None
 
 
 def plan_comparison(
-    recipes: Mapping[str, Recipe], out: str | Path, settings: ComparisonSettings, *, overwrite: bool = False
+    recipes: Mapping[str, Recipe],
+    out: str | Path,
+    settings: ComparisonSettings,
+    *,
+    overwrite: bool = False,
+    workers: int | None = 1,
+    max_ram: int | None = None,
 ) -> ComparisonPlan:
     """Plan every row, and find those that an earlier comparison left in `out`; nothing is written.
 
-    A recipe that cannot be planned by itself, such as for a budget that is too small, becomes a row with its error.
+    A recipe that cannot be planned by itself, such as for a budget that is too small, becomes a row with its error. The
+    model's weights are read once, to be hashed, unless an earlier comparison has hashed the same files.
 
     Args:
         recipes: by the names of their rows; of one model, with one calibration.
         out: a folder that does not exist, is empty, or holds a comparison.
-        settings: the texts to evaluate on, and how; at which ratios, with which calibration seeds.
+        settings: the texts to evaluate on, and how; at which ratios, with which calibration seeds; whether to heal.
         overwrite: make rows again that were made from something else.
+        workers: see `lexigram.plan`; of every compression.
+        max_ram: see there; of every compression. Evaluation and healing hold whole models.
 
     Raises:
-        LexigramError: for what all rows have in common (model, text, calibration, folder), where no recipe can be planned, and
-            for a row in `out` that was made from something else.
+        LexigramError: for what all rows have in common (model, texts, calibration, folder), names that cannot be those of
+            rows, where no recipe can be planned, and for a row in `out` that was made from something else: other weights or
+            another version too.
     """
     out = Path(out)
-    _check_recipes(recipes)
+    _check_recipes(recipes, heals=settings.heal is not None)
+    jobs = _jobs(recipes, settings)
     _check_folder(out)
     first = next(iter(recipes.values()))
     source = Source.resolve(first.model)
     reading = _read(source, settings, first.device)
-    origin = {**reading.made_from, "model_file_bytes": source.file_bytes()}
-    jobs = _planned(_jobs(recipes, settings, origin), out / CACHE)
-    from_dense = {"model": first.model, "device": first.device, **origin}
+    healing = {} if settings.heal is None else _healing(settings.heal)
+    planner = partial(plan, cache=out / CACHE, workers=workers, max_ram=max_ram)
+    jobs = _planned(jobs, planner)
+    weights = hashed(source, out / HASHED)
+    common = origin(source, weights)
+    from_dense = {**common, "model": first.model, "device": first.device, **reading.made_from}
+    dense = row_left(out, DENSE, from_dense, overwrite=overwrite)
+    jobs = [_resumed(_with_origin(job, common, healing, reading), out, overwrite=overwrite) for job in jobs]
+    differ = {DENSE: dense.other, **{each.name: each.other for job in jobs for each in job.family}}
     prepared = ComparisonPlan(
         model=first.model,
         out=out,
         reading=reading,
         made_from=from_dense,
-        dense=_found(out, DENSE, from_dense, overwrite=overwrite),
-        jobs=[_resumed(job, out, overwrite=overwrite) for job in jobs],
+        dense=dense.row,
+        hashed=weights,
+        jobs=jobs,
+        planner=planner,
         overwrite=overwrite,
+        again={name: other for name, other in differ.items() if other is not None},
         drop_models=settings.drop_models,
         plotless=missing(),
     )
@@ -175,12 +229,23 @@ def plan_comparison(
     return prepared
 
 
-def _check_recipes(recipes: Mapping[str, Recipe]) -> None:
-    """Raise where the recipes are none, or differ in what all rows have in common."""
+def _check_recipes(recipes: Mapping[str, Recipe], *, heals: bool) -> None:
+    """Raise where the recipes are none, have names that no file can have, or differ in what all rows have in common."""
     if not recipes:
         raise LexigramError("there are no recipes to compare; name one or more")
     if DENSE in recipes:
         raise LexigramError(f"{DENSE!r} is the row of the uncompressed model; give that recipe another name")
+    for name in recipes:
+        if not name or not name.isprintable() or name.startswith(".") or set(name) & set("/\\"):
+            raise LexigramError(
+                f"the recipe's name {name!r} cannot be that of a file, which its row and its model have; give it another one, "
+                "without '/' and '\\' and without a dot at the beginning"
+            )
+        if heals and f"{name}{HEALED}" in recipes:
+            raise LexigramError(
+                f"{name + HEALED!r} is the row of {name!r} once it is healed; give that recipe another name, or leave the "
+                "healing out"
+            )
     (name, first), *others = recipes.items()
     common = _common(first)
     for other, recipe in others:
@@ -207,35 +272,55 @@ def _check_folder(out: Path) -> None:
 
 def _read(source: Source, settings: ComparisonSettings, device: str) -> Reading:
     context, windows = settings.context, settings.windows
-    if context < 2 or (windows is not None and windows < 1):
-        raise LexigramError(f"context {context} with windows {windows} leaves nothing to score; raise the lower one")
+    check_windowing(context, windows=windows)
     content = read_texts(settings.texts, demo_part="evaluation")
     check_context(source.skeleton(), context, "context")
     tokens = token_ids(source.tokenizer(), content).numel()
     return Reading(settings.texts, content, context, windows, tokens, settings.dtype, resolve_device(device))
 
 
-def _jobs(recipes: Mapping[str, Recipe], settings: ComparisonSettings, origin: Mapping[str, Any]) -> list[Job]:
-    """Every recipe at every ratio with every seed, not yet planned."""
-    found = []
-    for stem, recipe in recipes.items():
-        for ratio in dict.fromkeys(settings.ratios) or (None,):
-            for seed in dict.fromkeys(settings.seeds) or (None,):
-                own = _changed(recipe, stem, ratio, seed)
-                parts = (stem, None if ratio is None else f"{ratio:g}", None if seed is None else f"seed{seed}")
-                found.append(
-                    Job(
-                        name="-".join(filter(None, parts)),
-                        recipe_name=stem,
-                        ratio=own.ratio,
-                        seed=own.calibration.seed,
-                        recipe=own,
-                        plan=None,
-                        error=None,
-                        made_from={"recipe": own.model_dump(mode="json"), **origin},
-                    )
-                )
+def _healing(settings: HealingSettings) -> dict[str, Any]:
+    """What decides a healed model besides the one that is healed: settings, and what the texts hold now.
+
+    Raises:
+        LexigramError: for a text that cannot be read.
+    """
+    digest = hashlib.sha256(read_texts(settings.texts).encode()).hexdigest()
+    # How often the state is saved is of no effect on the result.
+    return {"healing": settings.model_dump(mode="json", exclude={"save_every"}), "healing_text_sha256": digest}
+
+
+def _jobs(recipes: Mapping[str, Recipe], settings: ComparisonSettings) -> list[Job]:
+    """Every recipe at every ratio with every seed, not yet planned.
+
+    Raises:
+        LexigramError: where two rows would have one name.
+    """
+    found = [
+        _job(recipe, stem, ratio, seed, settings.heal)
+        for stem, recipe in recipes.items()
+        for ratio in dict.fromkeys(settings.ratios) or (None,)
+        for seed in dict.fromkeys(settings.seeds) or (None,)
+    ]
+    named: dict[str, Job] = {}
+    for job in found:
+        other = named.setdefault(job.name, job)
+        if other is not job:
+            raise LexigramError(
+                f"{other.recipe_name} at ratio {other.ratio!r} and {job.recipe_name} at ratio {job.ratio!r} would both be the "
+                f"row {job.name!r}, which has six digits of a ratio; leave one of them out"
+            )
     return found
+
+
+def _job(recipe: Recipe, stem: str, ratio: float | None, seed: int | None, heals: HealingSettings | None) -> Job:
+    own = _changed(recipe, stem, ratio, seed)
+    ending = [*([] if ratio is None else [f"{ratio:g}"]), *([] if seed is None else [f"seed{seed}"])]
+    job, healed = (
+        Job(name="-".join([name, *ending]), recipe_name=name, ratio=own.ratio, seed=own.calibration.seed, recipe=own)
+        for name in (stem, f"{stem}{HEALED}")
+    )
+    return job if heals is None else replace(job, healed=replace(healed, heals=heals))
 
 
 def _changed(recipe: Recipe, name: str, ratio: float | None, seed: int | None) -> Recipe:
@@ -247,37 +332,47 @@ def _changed(recipe: Recipe, name: str, ratio: float | None, seed: int | None) -
     return Recipe.parse(content, where=name)
 
 
-def _planned(jobs: Sequence[Job], cache: Path) -> list[Job]:
+def _planned(jobs: Sequence[Job], planner: Callable[..., Plan]) -> list[Job]:
     """The same with their plans, or what is wrong with their recipes.
+
+    The calibration text is read and tokenised only where no row with its seed was before.
 
     Raises:
         LexigramError: where there is something wrong with all of them; what most of them say.
     """
-    tokens: dict[int, TokenSequences] = {}
+    tokens: dict[int, TokenSequences | None] = {}
     found = []
     for job in jobs:
         try:
-            prepared = _plan(job.recipe, cache, tokens)
+            prepared = planner(job.recipe, tokens=tokens.get(job.seed))
         except LexigramError as error:
-            found.append(replace(job, error=str(error)))
+            found.append(unmade(job, str(error)))
             continue
-        found.append(replace(job, plan=prepared, made_from={**job.made_from, **_contents(prepared)}))
+        tokens[job.seed] = prepared.tokens
+        found.append(planned(job, prepared))
     errors = Counter(job.error for job in found if job.error is not None)
     if sum(errors.values()) == len(found):
         raise LexigramError(errors.most_common(1)[0][0])
     return found
 
 
-def _plan(recipe: Recipe, cache: Path, tokens: dict[int, TokenSequences]) -> Plan:
-    """The plan of one recipe; its calibration text is read and tokenised only where no row with its seed was before it."""
-    seed = recipe.calibration.seed
-    if seed not in tokens:
-        prepared = plan(recipe, cache=cache)
-        if prepared.tokens is not None:
-            tokens[seed] = prepared.tokens
-        return prepared
-    textless = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"text": (SELF,)})})
-    return replace(plan(textless, cache=cache), recipe=recipe, tokens=tokens[seed])
+def planned(job: Job, prepared: Plan) -> Job:
+    """The same with a plan."""
+    return replace(job, plan=prepared, healed=job.healed and planned(job.healed, prepared))
+
+
+def unmade(job: Job, error: str) -> Job:
+    """The same with an error that leaves nothing to do."""
+    return replace(job, plan=None, error=error, healed=job.healed and unmade(job.healed, error))
+
+
+def _with_origin(job: Job, common: Mapping[str, Any], healing: Mapping[str, Any], reading: Reading) -> Job:
+    """The same with what decides its model and its figures."""
+    own = {**common, "recipe": job.recipe.model_dump(mode="json"), **(_contents(job.plan) if job.plan else {})}
+    healed = job.healed and replace(
+        job.healed, origin={**own, **healing}, made_from={**own, **healing, **reading.made_from}
+    )
+    return replace(job, origin=own, made_from={**own, **reading.made_from}, healed=healed)
 
 
 def _contents(prepared: Plan) -> dict[str, Any]:
@@ -294,68 +389,41 @@ def _digest(allocation: Allocation) -> str:
 
 
 def _resumed(job: Job, out: Path, *, overwrite: bool) -> Job:
-    """The same with what an earlier comparison left of it."""
-    if job.plan is None:
-        return job
-    row = _found(out, job.name, job.made_from, overwrite=overwrite)
-    if row is not None:
-        return replace(job, done=row)
-    folder = out / MODELS / job.name
-    if not (folder / RUN_FILE).is_file():
-        return job
-    run = read_json(folder / RUN_FILE)
-    there = {"recipe": run.get("recipe"), "calibration_sha256": run.get("calibration_sha256")}
-    here = {"recipe": job.made_from["recipe"], "calibration_sha256": job.made_from["calibration_sha256"]}
-    if here["calibration_sha256"] is None:  # sampled from the model, and not yet
-        del there["calibration_sha256"], here["calibration_sha256"]
-    found = difference(there, here)
-    if found and not overwrite:
-        raise _stale(folder, found)
-    return replace(job, kept=found is None)
-
-
-def _found(out: Path, name: str, made_from: Mapping[str, Any], *, overwrite: bool) -> Row | None:
-    """The row that lies there, where it was made from the same; with `overwrite` none where it was not.
+    """The same with what an earlier comparison left of it.
 
     Raises:
-        LexigramError: where it was made from something else or cannot be read, and may not be replaced.
+        LexigramError: where something was made from something else, and may not be replaced.
     """
-    file = out / ROWS / f"{name}.json"
-    if not file.exists():
-        return None
-    try:
-        content = read_json(file)
-        row = Row.model_validate(content)
-    except (LexigramError, ValidationError) as error:
-        if overwrite:
-            return None
-        reason = error if isinstance(error, LexigramError) else "other keys and values than a row has"
-        raise LexigramError(f"{file} is damaged ({reason}); delete it, or give --overwrite") from error
-    found = difference(row.made_from, dict(made_from))
-    if found and not overwrite:
-        raise _stale(file, found)
-    return None if found else row
-
-
-def _stale(place: Path, found: tuple[str, str, str]) -> LexigramError:
-    path, old, new = found
-    return LexigramError(
-        f"{place} was made from something else: {path} was {old} and is {new}; name another --out, or replace what differs "
-        "with --overwrite"
-    )
+    if job.plan is None:
+        return job
+    healed = job.healed and _resumed(job.healed, out, overwrite=overwrite)
+    row = row_left(out, job.name, job.made_from, overwrite=overwrite)
+    found = replace(job, done=row.row, healed=healed, other=row.other)
+    if not found.compresses:
+        return found
+    model = model_left(out, job.name, job.origin, overwrite=overwrite)
+    return replace(found, kept=model.model, other=row.other or model.other)
 
 
 def _check_disk(prepared: ComparisonPlan) -> None:
     """Raise where the models, or the Grams beside them, could not be written."""
-    waiting = [job for job in prepared.jobs if job.plan is not None and job.done is None and not job.kept]
-    plans = [job.plan for job in waiting if job.plan is not None]
-    if not plans:
-        return
-    needed = (max if prepared.drop_models else sum)(each.disk_bytes for each in plans)
+    models = [_disk_bytes(job) for job in prepared.jobs]
+    needed = (max if prepared.drop_models else sum)(sum(each.values()) for each in models)
     if not (prepared.out / CACHE).is_dir():
-        needed += sum(_gram_bytes(each) for each in {each.recipe.calibration.seed: each for each in plans}.values())
-    for job in waiting:
-        check_target(prepared.out / MODELS / job.name, overwrite=prepared.overwrite, needed_bytes=needed)
+        plans = {job.seed: job.plan for job in prepared.jobs if job.compresses and job.plan is not None}
+        needed += sum(map(_gram_bytes, plans.values()))
+    for name in (name for each in models for name in each):
+        check_target(prepared.out / MODELS / name, overwrite=prepared.overwrite, needed_bytes=needed)
+
+
+def _disk_bytes(job: Job) -> dict[str, int]:
+    """What the models of a job take that are to be made, by their names."""
+    if job.plan is None:
+        return {}
+    found = {job.name: job.plan.disk_bytes} if job.compresses else {}
+    if job.healed is not None and job.healed.waits:
+        found[job.healed.name] = job.plan.uncompressed_bytes + job.plan.bytes_after
+    return found
 
 
 def _gram_bytes(prepared: Plan) -> int:

@@ -13,11 +13,15 @@ from pydantic import BaseModel, ConfigDict
 DENSE = "dense"
 """The row of the model as it was."""
 
+HEALED = ", healed"
+"""Behind the name of a recipe: its models once their stored values are trained."""
+
 
 class Row(BaseModel):
     """One model and its figures; with an `error`, neither. What `lexigram eval --json` writes has the same keys here.
 
-    `seconds_fitting` is what the method took for itself: neither the calibration, which all rows share, nor loading and saving.
+    `seconds_fitting` is what the method took for itself, and the healing: neither the calibration, which all rows share, nor
+    loading and saving.
     `run` is an excerpt of `run.json`, `made_from` all that decides the figures: rows of other origin cannot be compared.
     """
 
@@ -57,6 +61,7 @@ class Row(BaseModel):
     """Of the compressed layers, in bfloat16."""
     bytes_after: int | None = None
     mean_relative_error: float | None = None
+    """Of the fits; None of a healed model, whose layers are not measured one by one."""
     seconds_fitting: float | None = None
     run: dict[str, Any] = {}
     made_from: dict[str, Any] = {}
@@ -110,13 +115,13 @@ def figure(values: Iterable[float | None]) -> Figure | None:
     return Figure(sum(present) / len(present), spread)
 
 
-def perplexity(value: float | None) -> str:
-    """For people; None is what lies beyond a float."""
+def perplexity(value: float | None, digits: int = 2) -> str:
+    """For people, below 1000 with so many digits after the point; None is what lies beyond a float."""
     if value is None:
         return "inf"
     if value >= 1e6:
         return f"{value:.1e}"
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:.{digits}f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _fixed(form: str, unit: float = 1) -> Callable[[float], str]:
@@ -186,6 +191,8 @@ def setting(rows: Sequence[Row]) -> str:
     seeds = sorted({row.calibration_seed for row in compressed if row.calibration_seed is not None})
     if compressed:
         said.append(f"All recipes are calibrated on {_calibration(compressed[0])}, {_counted('seed', seeds)}.")
+    if healed := [row.made_from["healing"] for row in compressed if "healing" in row.made_from]:
+        said.append(f"Healed rows are the same forms in the same bytes, their values trained {_training(healed[0])}.")
     said.append(
         "`ratio` is the share of the layers' bytes that was asked to be removed; sizes are stored bytes; KL (nats) and top-1 "
         "agreement are against dense; the output error is the layers' mean, relative, on the calibration text; fitting is the "
@@ -201,6 +208,11 @@ def _calibration(row: Row) -> str:
     sequences = calibration["sequences"]
     names = ", ".join(PurePath(name).name for name in calibration["text"])
     return f"{sequences} x {row.run['calibration_tokens'] // sequences} tokens of {names}"
+
+
+def _training(settings: dict[str, Any]) -> str:
+    names = ", ".join(PurePath(name).name for name in settings["texts"])
+    return f"on {names} by the objective `{settings['objective']}`"
 
 
 def _counted(name: str, values: Sequence[int]) -> str:

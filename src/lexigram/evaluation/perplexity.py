@@ -105,8 +105,8 @@ def evaluate(
     a time and summed in float64. Progress is called with (windows done, windows in all).
     """
     began = time.perf_counter()
+    check_windowing(context, stride, windows)
     stride = context if stride is None else stride
-    _check_windowing(context, stride, windows)
     for each in (model, reference):
         if each is not None:
             check_context(each, context, "context")
@@ -184,11 +184,20 @@ def greedy_sentence(
     return tokenizer.decode(said[ids.shape[1] :], skip_special_tokens=True)
 
 
-def _check_windowing(context: int, stride: int, windows: int | None) -> None:
-    """Refuse a context, stride or number of windows that cannot be."""
+def check_windowing(context: int, stride: int | None = None, windows: int | None = None) -> None:
+    """Refuse a context, stride or number of windows that cannot be, before anything is opened.
+
+    Args:
+        context: tokens of a window.
+        stride: tokens between windows' beginnings; None for the context.
+        windows: how many are used; None for all.
+
+    Raises:
+        LexigramError: naming the value and what would do.
+    """
     if context < 2:
         raise LexigramError(f"context is {context}; it must be at least 2: a token to read and a token to score")
-    if not 1 <= stride <= context:
+    if stride is not None and not 1 <= stride <= context:
         raise LexigramError(
             f"stride is {stride} with context {context}; it must be from 1 to {context}: beyond it, text is skipped"
         )
