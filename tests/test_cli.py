@@ -1,5 +1,6 @@
 """The command line: toys from folder to folder, every kind of bad input, exit codes, and that everything is documented."""
 
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pytest
 import torch
 import typer
 from pydantic import ValidationError
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -27,6 +29,7 @@ from conftest import Command, Said, contents, toy_folder
 from lexigram import cli, recording, staging
 from lexigram.cli import evaluate as evaluating
 from lexigram.methods import METHODS
+from lexigram.progress import drawing
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -167,7 +170,9 @@ def test_figures_that_are_infinite_are_null_in_json(
     content = json.loads(figures.read_text(), parse_constant=refuse)
     assert content["word_perplexity"] is None
     assert content["token_perplexity"] > 1
-    assert command("report", figures).code == 0
+    reported = command("report", figures)
+    assert reported.code == 0
+    assert reported.out == ended.out
 
 
 def test_a_reference_with_another_tokenizer_is_refused(command: Command, words: Path, tmp_path: Path) -> None:
@@ -324,12 +329,13 @@ BAD_COMPRESS = {
     "ratio nan": Case(compress("-r", "nan"), "ratio is nan; it should be"),
     "ratio too large": Case(compress("-r", 0.9999), r"q_proj .* at ratio 0\.9999: .* too small: .*; lower the ratio"),
     "length beyond context": Case(compress("--length", 513), "length of 513 exceeds the model's context of 512; lower"),
-    "no sequences": Case(compress("--sequences", 0), r"calibration\.sequences is 0; it should be greater"),
-    "option of another method": Case(compress("--rho", 2), r"'method\.rho' of the method svd; the keys here are name"),
-    "preset of another method": Case(compress("--preset", "fast"), "leave it out for the method svd"),
-    "unknown coding": Case(
-        compress("-m", "cospadi", "--coding", "lars"), "method.coding is 'lars'; it should be 'htp'"
+    "no sequences": Case(compress("--sequences", 0), "^--sequences is 0; it should be greater"),
+    "option of another method": Case(
+        compress("--rho", 2),
+        "^--rho is an option of cospadi, and the method is svd; leave it out, or take --method cospadi$",
     ),
+    "preset of another method": Case(compress("--preset", "fast"), "leave it out for the method svd"),
+    "unknown coding": Case(compress("-m", "cospadi", "--coding", "lars"), "^--coding is 'lars'; it should be 'htp'"),
     "recipe missing": Case(compress("--recipe", "/no/r.yaml"), r"the recipe /no/r\.yaml cannot be read: No such file"),
     "recipe is a folder": Case(compress("--recipe", "/tmp"), "the recipe /tmp cannot be read: Is a directory"),
     "recipe is no YAML": Case(with_file("r.yaml", b"a: [1", "--recipe", "FILE"), "is not YAML: .*line 1"),
@@ -352,7 +358,7 @@ BAD_COMPRESS = {
     "device absent": Case(compress("--device", "cuda:77"), "the device 'cuda:77' cannot be used: .*; name another"),
     "pattern bad": Case(
         compress("-m", "wanda", "--pattern", "bad"),
-        r"method\.pattern is 'bad'; write any, rows, N:M such as 2:4, or RxC such as 16x16$",
+        r"^--pattern is 'bad'; write any, rows, N:M such as 2:4, or RxC such as 16x16$",
     ),
     "pattern too wide": Case(
         compress("-m", "magnitude", "--pattern", "1x7"),
@@ -420,9 +426,9 @@ BAD_OTHERS = {
         ],
         r"x has no config\.json",
     ),
-    "eval on no windows": Case(
-        lambda at: ["eval", at.stories, "-t", at.text, "--context", 99, "--windows", 0],
-        "windows is 0; it must be at least 1",
+    "eval with a stride beyond the context": Case(
+        lambda at: ["eval", at.stories, "-t", at.text, "--context", 99, "--stride", 100],
+        "stride is 100 with context 99; it must be from 1 to 99",
     ),
     "eval with json into a folder": Case(
         lambda at: ["eval", at.stories, "-t", at.text, "--json", _made(at.tmp / "x")], "x is a folder; name a file"
@@ -434,9 +440,18 @@ BAD_OTHERS = {
     "generate from no model": Case(lambda at: ["generate", "/no/model", "Once"], "there is no model '/no/model'"),
     "inspect a model of another": Case(
         lambda at: ["inspect", at.stories],
-        r"run\.json cannot be read: No such file or directory; name what lexigram wrote",
+        r"stories260K is no compressed model \(it has no run\.json\); name what `lexigram compress --out` wrote$",
     ),
-    "inspect nothing": Case(lambda at: ["inspect", "/no/folder"], r"/no/folder/run\.json cannot be read"),
+    "inspect nothing": Case(
+        lambda at: ["inspect", "/no/folder"], r"^/no/folder is no compressed model \(it has no run\.json\)"
+    ),
+    "verify a model of another": Case(
+        lambda at: ["verify", at.stories], r"stories260K is no compressed model \(it has no run\.json\)"
+    ),
+    "heal a model of another": Case(
+        lambda at: ["heal", at.stories, "--out", at.tmp / "out", "--text", at.text],
+        r"stories260K is no compressed model \(it has no run\.json\)",
+    ),
     "inspect a run of another": Case(
         lambda at: ["inspect", _file(at.tmp / "run.json", "{}").parent],
         r"run\.json was not written by lexigram .*missing",
@@ -454,7 +469,10 @@ BAD_OTHERS = {
         lambda at: ["export", _made(at.tmp / "x"), "--dense", at.tmp / "out"], "cannot load .*/x: "
     ),
     "report a folder": Case(lambda at: ["report", at.tmp], "cannot be read: Is a directory"),
-    "report nothing": Case(lambda at: ["report", "/no.json"], r"/no\.json cannot be read: No such file"),
+    "report nothing": Case(
+        lambda at: ["report", "/no.json"],
+        r"/no\.json cannot be read: No such file .*; name what `lexigram eval --json`",
+    ),
     "report something else": Case(
         lambda at: ["report", _file(at.tmp / "run.json", '{"ratio": 1}')], r"run\.json holds no evaluation; name what"
     ),
@@ -474,6 +492,7 @@ def test_bad_input_to_the_other_commands(case: Case, command: Command, at: Simpl
     assert ended.code == 1
     assert re.search(case.says, ended.error), ended.error
     assert contents(at.tmp) == before
+    assert not ended.err.startswith("\n")  # no display of a progress that there was not
 
 
 @pytest.mark.parametrize(
@@ -488,7 +507,12 @@ def test_bad_input_to_the_other_commands(case: Case, command: Command, at: Simpl
         (["compress", "m", "-o", "x", "--preset", "zork"], "'published'"),
         (["eval", "m", "-t", "x", "--dtype", "float99"], "'bfloat16'"),
         (["eval", "m", "-t", "x", "--context", "many"], "context"),
+        (["eval", "m", "-t", "x", "--context", "1"], "'--context'.* 2"),
+        (["eval", "m", "-t", "x", "--stride", "0"], "'--stride'.* 1"),
+        (["eval", "m", "-t", "x", "--windows", "0"], "'--windows'.* 1"),
         (["generate", "m"], "Missing argument|Missing parameter"),
+        (["generate", "m", "p", "--tokens", "0"], "'--tokens'.* 1"),
+        (["export", "m"], "Missing option '--out'|Missing parameter"),
     ],
     ids=" ".join,
 )
@@ -497,6 +521,32 @@ def test_wrong_usage_ends_in_2(args: list[str], says: str, command: Command) -> 
     assert ended.code == 2
     assert re.search(says, ended.err), ended.err
     assert "Usage:" in ended.err
+
+
+def test_a_windowing_that_cannot_be_is_told_before_a_model_is_opened(
+    command: Command, at: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluating, "open_model", lambda *_args, **_options: pytest.fail("a model was opened"))
+    ended = command("eval", at.stories, "-t", at.text, "--context", 8, "--stride", 9)
+    assert ended.code == 1
+    assert "stride is 9 with context 8" in ended.error
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_leaves_nothing_on_a_screen_where_there_was_none(terminal: bool) -> None:
+    """Nor in a file that errors go to."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with pytest.raises(lexigram.LexigramError), drawing(console):
+        raise lexigram.LexigramError("before the first stage")
+    assert console.file.getvalue() == ""
+    with drawing(console) as bars:
+        with bars.stage("read", 2) as step:
+            step()
+        with bars.steps("evaluate") as update:
+            update(3, 4)
+    said = console.file.getvalue()
+    assert all((text in said) == terminal for text in ("read", "1/2", "evaluate", "3/4"))
+    assert bool(said) == terminal
 
 
 # ------------------------------------------------------------------------------------------------------- the output folder
@@ -712,6 +762,48 @@ def test_every_command_option_and_argument_is_explained(name: str) -> None:
     assert COMMANDS[name].help
     for parameter in options_of(name):
         assert getattr(parameter, "help", None), f"{name} {parameter.name} has no help"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "metavar"),
+    [
+        ("--text", "TEXT"),
+        ("--calibration", "TEXT"),
+        ("--json", "FILE"),
+        ("--out", "OUT"),
+        ("--against", "MODEL"),
+        ("--recipe", "FILE"),
+        ("DIR", "DIR"),
+        ("MODEL", "MODEL"),
+        ("PROMPT", "PROMPT"),
+    ],
+)
+def test_one_thing_is_written_and_shown_alike_by_all_commands(spelling: str, metavar: str) -> None:
+    """`TEXT...` takes several at once; without a value an option is a flag, which means something else."""
+    found = {
+        (parameter.metavar or "").removesuffix("...")
+        for name in COMMANDS
+        for parameter in options_of(name)
+        if spelling in (*parameter.opts, parameter.metavar) and parameter.metavar != ""
+    }
+    assert found == {metavar}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_argument_is_shown_in_small_letters(name: str) -> None:
+    for parameter in options_of(name):
+        if parameter.param_type_name == "argument":
+            assert (parameter.metavar or "").isupper()
+
+
+def test_both_spellings_set_one_parameter() -> None:
+    def parsed(*args: str) -> dict[str, Any]:
+        return COMMANDS[args[0]].make_context(args[0], list(args[1:])).params
+
+    for spelling in ("--reference", "--against"):
+        assert parsed("eval", "m", "-t", "x", spelling, "other")["reference"] == "other"
+    for spelling in ("--dense", "--out", "-o"):
+        assert parsed("export", "m", spelling, "there")["out"] == Path("there")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

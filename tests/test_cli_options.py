@@ -87,7 +87,7 @@ def test_the_names_that_scripts_use(key: str) -> None:
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("allocation", "uniform|knapsack|FILE"),
+        ("allocation", "uniform|knapsack|global|FILE"),
         ("include", "PATTERN"),
         ("calibration", "TEXT"),
         ("value_bits", "2|3|4|6|8|10|12|14|16"),
@@ -144,6 +144,15 @@ def test_the_default_in_the_help_is_the_models(owner: str, key: str, field: Fiel
     else:
         assert told
         assert told_for(owner, told[1], differs=" for " in told[1]) == said(default, field)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_help_tells_the_allocation_of_every_method(method: str) -> None:
+    told = re.search(r" \[default: (.*)\]$", PARAMETERS["allocation"].help)
+    assert told
+    real = Recipe.parse({"model": "m", "method": {"name": method}}).allocation
+    assert told_for(method, told[1], differs=True) == real
+    assert real in PARAMETERS["allocation"].metavar.split("|")
 
 
 @pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.part == "method"])
@@ -282,6 +291,21 @@ def test_an_option_may_be_repeated(asked: Callable[..., Recipe]) -> None:
     assert found.include == ("q_proj", "k_proj")
 
 
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """What `lexigram compress demo ARGS` says against it, before anything is planned."""
+    monkeypatch.setattr(compressing, "planned", lambda *_args, **_options: pytest.fail("the options were taken"))
+
+    def error(*args: object) -> str:
+        assert run("compress", "demo", "--out", tmp_path / "out", *args, monkeypatch=monkeypatch) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        return line.removeprefix("error: ")
+
+    return error
+
+
+PRUNING = [name for name, config in METHODS.items() if "pattern" in config.model_fields]
+
 STRANGERS = [
     pytest.param(name, method, id=f"{name}-{method}")
     for name, option in OPTIONS.items()
@@ -300,8 +324,70 @@ def test_an_option_of_another_method_is_refused_by_name(
     value = another(next(iter(option.fields.values())))
     args = [PARAMETERS[name].opts[0], *([] if isinstance(value, bool) else [value])]
     assert run("compress", "demo", "--out", tmp_path / "out", "-m", method, *args, monkeypatch=monkeypatch) == 1
-    said = capsys.readouterr().err
-    assert f"unknown key 'method.{option.key}' of the method {method};" in said
+    said = re.fullmatch(
+        rf"error: {args[0]} is an option of (.*), and the method is {method}; leave it out, or take --method (.*)\n",
+        capsys.readouterr().err,
+    )
+    assert said
+    for names, word in zip(said.groups(), ("and", "or"), strict=True):
+        assert re.split(f", | {word} ", names) == list(option.fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "method"),
+    [
+        ("{}", (), "cospadi"),
+        ("method: {name: svd}", (), "svd"),
+        ("method: {name: svd}", ("--preset", "published"), "cospadi"),
+        ("method: {name: svd}", ("--method", "oats"), "oats"),
+    ],
+)
+def test_the_method_that_an_option_does_not_suit_is_known_from_wherever_it_is_told(
+    content: str, args: tuple[str, ...], method: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(content)
+    said = refused("--recipe", file, "--pattern", "2:4", *args)
+    assert f"--pattern is an option of {', '.join(PRUNING[:-1])} and {PRUNING[-1]}, and the method is {method};" in said
+
+
+def test_a_method_that_is_not_known_is_what_is_told(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    for name in ("cospady", "[svd]", "null"):
+        file.write_text(f"method: {{name: {name}}}")
+        assert "method" in refused("--recipe", file, "--rho", 2)
+        assert "is an option of" not in refused("--recipe", file, "--rho", 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "says"),
+    [
+        ("{}", ("--value-bits", 5), "--value-bits is 5; it should be 2"),
+        ("method: {value_bits: 5}", (), "r.yaml: method.value_bits is 5; it should be 2"),
+        ("method: {value_bits: 5}", ("--rho", 2), "r.yaml: method.value_bits is 5; it should be 2"),
+        ("method: {value_bits: 5}", ("--value-bits", 7), "--value-bits is 7; it should be 2"),
+        ("{}", ("--ratio", 2), "--ratio is 2.0; it should be less than 1"),
+        ("ratio: 2", ("--length", 9), "r.yaml: ratio is 2; it should be less than 1"),
+        ("{}", ("--sequences", 0), "--sequences is 0; it should be"),
+        ("calibration: {sequences: 0}", (), "r.yaml: calibration.sequences is 0; it should be"),
+        ("{}", ("--seed", -1), "--seed is -1; it should be"),
+        ("{}", ("--seed", 3, "--calibration-seed", -1), "--calibration-seed is -1; it should be"),
+        ("calibration: {seed: -1}", (), "r.yaml: calibration.seed is -1; it should be"),
+        ("{}", ("-m", "cap", "--allocation", "knapsack"), "r.yaml: the method cap chooses by itself"),
+    ],
+)
+def test_a_wrong_value_is_named_as_it_was_given(
+    content: str, args: tuple[object, ...], says: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """By its option, or by its file and the key there."""
+    (tmp_path / "r.yaml").write_text(content)
+    assert refused("--recipe", tmp_path / "r.yaml", *args).removeprefix(f"{tmp_path}/").startswith(says)
+
+
+def test_without_a_file_the_settings_are_named(refused: Callable[..., str]) -> None:
+    said = refused("-m", "cap", "--allocation", "knapsack")
+    assert said.startswith("the settings: the method cap chooses by itself")
+    assert refused("--value-bits", 5).startswith("--value-bits is 5;")
 
 
 # ---------------------------------------------------------------------------------------- methods that are still to come

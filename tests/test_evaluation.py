@@ -264,6 +264,17 @@ def test_what_cannot_be_evaluated_is_an_error(
         evaluate(model, tokenizer, text, **options)
 
 
+@pytest.mark.parametrize(
+    ("windowing", "complaint"),
+    [((1,), "context is 1"), ((8, 0), "stride is 0"), ((8, 9), "stride is 9"), ((8, None, 0), "windows is 0")],
+)
+def test_a_windowing_that_cannot_be_is_refused_without_a_model(windowing: tuple[int, ...], complaint: str) -> None:
+    with pytest.raises(LexigramError, match=complaint):
+        perplexity.check_windowing(*windowing)
+    perplexity.check_windowing(2)
+    perplexity.check_windowing(8, 8, 1)
+
+
 def test_models_that_do_not_belong_together_are_an_error(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:

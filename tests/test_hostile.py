@@ -301,12 +301,12 @@ def test_two_files_with_one_tensor(folder: Path) -> None:
 def test_json_that_is_refused(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(LexigramError, match=says):
-        read_json(tmp_path / "x.json")
+        read_json(tmp_path / "x.json", remedy="write it again")
 
 
 def test_numbers_that_are_not_finite_may_be_let_pass(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": Infinity, "b": 1.5}')
-    assert read_json(tmp_path / "x.json", finite=False) == {"a": float("inf"), "b": 1.5}
+    assert read_json(tmp_path / "x.json", finite=False, remedy="write it again") == {"a": float("inf"), "b": 1.5}
 
 
 class Panic(BaseException):

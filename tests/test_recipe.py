@@ -1,6 +1,8 @@
 """Recipes: plain data in and out, which setting wins, and what is said about a wrong key."""
 
 import copy
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from lexigram.methods import (
     SparseGptConfig,
     WandaConfig,
 )
-from lexigram.recipe import merge
+from lexigram.recipe import merge, method_name
 
 BITS = [2, 3, 4, 6, 8, 10, 12, 14, 16]
 LOW_RANK = st.builds(SvdConfig, plain=st.booleans(), value_bits=st.sampled_from(BITS))
@@ -278,6 +280,10 @@ def test_a_single_name_needs_no_list() -> None:
             "method.pattern is 'bad'; write any, rows, N:M such as 2:4, or RxC such as 16x16",
         ),
         (
+            {"method": {"name": "double-sparse", "penalty": "l1", "code_penalty": 1}},
+            "sizes of one side alone have no price",
+        ),
+        (
             {"method": {"name": "oats", "rank_share": 1.5}},
             "method.rank_share is 1.5; it should be less than or equal to 1",
         ),
@@ -291,6 +297,43 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_would_do(content: dict
         Recipe.parse({"model": "m", **content}, "r.yaml")
     assert str(caught.value).startswith(f"r.yaml: {message}")
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_from_an_option_is_named_by_that_and_any_other_by_its_file_and_key() -> None:
+    asked: list[list[str]] = []
+
+    def option_of(path: Sequence[str]) -> str | None:
+        asked.append(list(path))
+        return "--ratio" if list(path) == ["ratio"] else None
+
+    for content, said in (
+        ({"ratio": 2}, "--ratio is 2; it should be less than 1"),
+        ({"seed": -1}, "r.yaml: seed is -1; it should be greater than or equal to 0"),
+        ({"calibration": {"length": 1}}, "r.yaml: calibration.length is 1; it should be"),
+        ({"method": {"name": "svd", "value_bits": 5}}, "r.yaml: method.value_bits is 5; it should be"),
+        ({"include": ["q", 3]}, "r.yaml: include.1 is 3; it should be"),
+    ):
+        with pytest.raises(LexigramError, match=rf"^{re.escape(said)}"):
+            Recipe.parse({"model": "m", **content}, "r.yaml", option_of)
+    assert asked == [["ratio"], ["seed"], ["calibration", "length"], ["method", "value_bits"], ["include", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "preset", "option", "name"),
+    [
+        ({}, None, None, "cospadi"),
+        ({"method": None}, None, None, "cospadi"),
+        ({"method": {"rho": 3}}, None, None, "cospadi"),
+        ({"method": {"name": "svd"}}, None, None, "svd"),
+        ({"method": {"name": "svd"}}, "published", None, "cospadi"),
+        ({"method": {"name": "svd"}}, None, "wanda", "wanda"),
+    ],
+)
+def test_the_method_is_that_of_the_option_the_preset_the_file_or_the_default(
+    content: dict[str, Any], preset: str | None, option: str | None, name: str
+) -> None:
+    assert method_name(content, preset=preset, option=option) == name
+    assert merged(content, preset=preset, method={"name": option}).method.name == name
 
 
 def test_a_recipe_without_a_model_says_so() -> None:

@@ -460,7 +460,11 @@ def test_a_file_that_cannot_be_is_refused(name: str, said: str, folder: Path, pl
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, r"run\.json cannot be read"), ("{}", "was not written by lexigram"), ("[]", "holds no JSON object")],
+    [
+        (None, r"is no compressed model \(it has no run\.json\)"),
+        ("{}", "was not written by lexigram"),
+        ("[]", "holds no JSON object"),
+    ],
 )
 def test_what_is_no_compressed_folder_is_refused(content: str | None, said: str, plotted: None, tmp_path: Path) -> None:
     if content is not None:

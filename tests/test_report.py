@@ -1,6 +1,7 @@
 """Tables: they show the figures that they were given, at the widths of real terminals, whatever the names look like."""
 
 import io
+import math
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from rich.table import Table
 import ledgers
 from lexigram import CospadiConfig, Plan, Recipe, RunRecord, SvdConfig
 from lexigram.allocation.units import Allocation, Unit
+from lexigram.comparison import table as comparison
 from lexigram.factors import (
     Bfloat,
     Codec,
@@ -377,6 +379,14 @@ def test_labels_and_texts_are_not_markup() -> None:
     (table,) = tables.evaluation_tables([evaluation("[red]x[/red]", text="[b]")])
     assert cells(table)[-1][0] == "[red]x[/red]"
     assert "[b], context 1024" in shown(table)
+
+
+def test_an_infinite_perplexity_is_the_same_from_a_file_and_at_once() -> None:
+    """JSON has no number for it, so a file has null; what was not measured is no key at all."""
+    for infinite in (None, math.inf):
+        figures = evaluation("a", token_perplexity=infinite, word_perplexity=infinite)
+        (table,) = tables.evaluation_tables([figures])
+        assert cells(table)[-1][3:5] == [comparison.perplexity(infinite)] * 2 == ["inf", "inf"]
 
 
 def test_missing_figures_leave_cells_empty() -> None:

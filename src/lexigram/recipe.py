@@ -1,7 +1,7 @@
 """A whole run as data: model, method, ratio, calibration, seeds. Read from YAML or the command line, kept with the result."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,17 @@ SELF = "self"
 
 UNIFORM, KNAPSACK, GLOBAL = "uniform", "knapsack", "global"
 """The allocations that are made here; any other name is a file to replay."""
+
+METHOD_DEFAULTS = {"allocation": {name: config.allocation for name, config in METHODS.items()}}
+"""Settings whose default is the method's own: by key, then by method."""
+
+OptionOf = Callable[[Sequence[str]], str | None]
+"""From the keys that lead to a value to the option that it came from, as that is written; None for any other origin."""
+
+
+def no_option(_path: Sequence[str]) -> None:
+    """For values none of which came from an option."""
+
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """Several strings; in a file a single one may stand without a list."""
@@ -70,10 +81,11 @@ class Recipe(BaseModel):
     group: Annotated[int, Shown(FORM)] = Field(
         default=2, ge=2, description="How many consecutive layers share; implies share `consecutive`."
     )
-    allocation: Annotated[str, Shown(metavar=f"{UNIFORM}|{KNAPSACK}|FILE")] = Field(
+    allocation: Annotated[str, Shown(metavar=f"{UNIFORM}|{KNAPSACK}|{GLOBAL}|FILE")] = Field(
         default=UNIFORM,
-        description="How the bytes are spent over the layers; FILE is the allocation.json of an earlier result. "
-        f"`{GLOBAL}`, the default of cap, ranks the parts of all layers together; lowrank-sparse takes {KNAPSACK} unless told.",
+        description=f"How the bytes are spent over the layers: `{UNIFORM}`, the same share of each; `{KNAPSACK}`, where they "
+        f"lower the error most; `{GLOBAL}`, for cap, by ranking the parts of all layers together; FILE, as in the "
+        "allocation.json of an earlier result.",
     )
     measure: Literal["loss", "relative", "absolute"] = Field(
         default="loss", description="What the knapsack counts as the cost of an error."
@@ -176,8 +188,8 @@ class Recipe(BaseModel):
         return self
 
     @classmethod
-    def parse(cls, content: dict[str, Any], where: str = "the recipe") -> "Recipe":
-        """Validate plain data.
+    def parse(cls, content: dict[str, Any], where: str = "the recipe", option_of: OptionOf = no_option) -> "Recipe":
+        """Validate plain data; the last two arguments are those of `explain`.
 
         Raises:
             LexigramError: naming the key, its value and, for an unknown key, the nearest known one.
@@ -185,7 +197,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise LexigramError(f"{where}: {explain(error)}") from None
+            raise LexigramError(explain(error, where, option_of)) from None
 
     @classmethod
     def read(cls, file: Path) -> dict[str, Any]:
@@ -221,6 +233,7 @@ def merge(
     calibration: Mapping[str, Any],
     settings: Mapping[str, Any],
     where: str = "the settings",
+    option_of: OptionOf = no_option,
 ) -> Recipe:
     """Options over the preset over a recipe's content over defaults; an option that is None was not given.
 
@@ -233,6 +246,7 @@ def merge(
         calibration: options of the calibration.
         settings: options of the recipe itself.
         where: what an error message names.
+        option_of: what it names instead for a value that came from an option of the command line.
 
     Raises:
         LexigramError: for a preset of another method, and as `Recipe.parse` does.
@@ -246,11 +260,19 @@ def merge(
         {
             **content,
             **settings,
-            "method": _merged_method(content.get("method") or {}, preset, method),
+            "method": _merged_method(content, preset, method),
             "calibration": {**(content.get("calibration") or {}), **calibration},
         },
         where,
+        option_of,
     )
+
+
+def method_name(content: Mapping[str, Any], *, preset: str | None = None, option: str | None = None) -> str:
+    """The method that `merge` takes: as the option says, or else the preset, the recipe's content, the default."""
+    if option is not None:
+        return option
+    return PRESETS[preset].name if preset else (content.get("method") or {}).get("name", CospadiConfig().name)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,33 +282,40 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 def _merged_method(content: Mapping[str, Any], preset: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options over the preset, or else over a recipe's method; those of another method do not carry over."""
     # A preset asks for what it changes; its defaults may still give way, as those of a config do.
-    base = PRESETS[preset].model_dump(exclude_defaults=True) if preset else content
-    default = base.get("name", CospadiConfig().name)
-    name = options.get("name", default)
+    base = PRESETS[preset].model_dump(exclude_defaults=True) if preset else content.get("method") or {}
+    default = method_name(content, preset=preset)
+    name = method_name(content, preset=preset, option=options.get("name"))
     if preset and name != default:
         raise LexigramError(f"--preset {preset} is a solver of {default}; leave it out for the method {name}")
     return {**(base if name == default else {}), **options, "name": name}
 
 
-def explain(error: ValidationError) -> str:
-    """The first problem of a pydantic error in one sentence, with the nearest known key for an unknown one."""
+def explain(error: ValidationError, where: str = "", option_of: OptionOf = no_option) -> str:
+    """The first problem of a pydantic error in one sentence, with the nearest known key for an unknown one.
+
+    Args:
+        error: of a recipe, or of other settings.
+        where: what holds the keys, to stand before the sentence; empty where the caller says so himself.
+        option_of: a value that came from an option is named by that, in place of `where` and its key.
+    """
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     method = path.pop(1) if path[:1] == ["method"] and len(path) > 1 else None  # pydantic's, not written by the user
-    where = ".".join(path)
+    before, key = f"{where}: " if where else "", ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _known_keys(path, method)
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}"
-        return f"unknown key {where!r}{f' of the method {method}' if method else ''}; {hint}"
+        return f"{before}unknown key {key!r}{f' of the method {method}' if method else ''}; {hint}"
     if first["type"] == "union_tag_invalid":
-        return f"unknown method {first['input'].get('name')!r}; the methods are {', '.join(METHODS)}"
-    if not path:  # a rule over several keys
-        return first["msg"].removeprefix("Value error, ")
+        return f"{before}unknown method {first['input'].get('name')!r}; the methods are {', '.join(METHODS)}"
+    if not path or (method and path == ["method"]):  # a rule over several keys
+        return before + first["msg"].removeprefix("Value error, ")
+    name = option_of(path) or before + key
     if first["type"] == "missing":
-        return f"{where} is missing; give it a value"
+        return f"{name} is missing; give it a value"
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return f"{where} is {first['input']!r}; {message[:1].lower()}{message[1:]}"
+    return f"{name} is {first['input']!r}; {message[:1].lower()}{message[1:]}"
 
 
 def _known_keys(path: list[str], method: str | None) -> list[str]:

@@ -98,10 +98,15 @@ class HeldOutLoss(_Part):
     tokens: float
 
 
+Stopped = Literal["steps", "minutes", "patience", "not finite"]
+"""What ended a training; the last: a loss, after a state that was better than the first."""
+
+
 class HealingRecord(_Part):
     """One training of stored values. The result is the state after `best_step`: the one with the least loss on held-out text.
 
-    `original` is the model that was imitated, None where none was; `stopped` tells what ended the training; `*_sha256` are
+    `original` is the model that was imitated, None where none was; `stopped` tells what ended the training, `remarks` what one
+    should know of the result; `*_sha256` are
     hashes of the tokens (`lexigram.calibration.tokens.token_hash`), `tensors_sha256` that of the stored tensors before.
     """
 
@@ -113,7 +118,8 @@ class HealingRecord(_Part):
     settings: dict[str, Any]
     steps: int
     best_step: int
-    stopped: Literal["steps", "minutes", "patience"]
+    stopped: Stopped
+    remarks: list[str] = []
     before: HeldOutLoss
     after: HeldOutLoss
     held_out: list[HeldOutLoss]
@@ -231,8 +237,10 @@ def read_run(folder: Path) -> RunRecord:
         LexigramError: where there is no such file, or another program or version wrote it.
     """
     check_plain(folder)
-    file = folder / RUN_FILE
-    content = read_json(file)
+    file, remedy = folder / RUN_FILE, "name what `lexigram compress --out` wrote"
+    if not file.exists():
+        raise LexigramError(f"{folder} is no compressed model (it has no {RUN_FILE}); {remedy}")
+    content = read_json(file, remedy=remedy)
     try:
         record = RunRecord.model_validate(content)
     except ValidationError as error:

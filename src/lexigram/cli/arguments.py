@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,47 @@ DtypeName = Enum("DtypeName", {name: name for name in ("auto", *_DTYPES)}, type=
 AUTO_DTYPE = DtypeName("auto")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=Recipe.model_fields["model"].description)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress` wrote.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write; it appears when it is complete.")
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", metavar="", help="Replace OUT if it is an earlier result of ours.", rich_help_panel=MACHINE
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        metavar="",
+        help="Go on with a run that was ended early, from OUT.unfinished; the result is the same.",
+        rich_help_panel=MACHINE,
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", metavar="", help="Print the plan and stop.", rich_help_panel=MACHINE)
+]
+Against = Annotated[
+    str | None, typer.Option("--against", metavar="MODEL", help="The original: the model that DIR was made from.")
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write what was found there, too; an infinite figure is null."),
+]
+
+
+def texts(purpose: str) -> Any:
+    """What typer is told of the option for texts, in the words of the fields that make the same option elsewhere.
+
+    Args:
+        purpose: what the texts are for: `To evaluate on`.
+    """
+    told = f"{purpose}: .txt or .jsonl files, `demo`, or `hub:NAME`. Repeatable."
+    return typer.Option("--text", "-t", metavar="TEXT", help=told)
+
+
 Device = Annotated[str, typer.Option(help=Recipe.model_fields["device"].description)]
 Dtype = Annotated[
     DtypeName,

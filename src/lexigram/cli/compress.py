@@ -1,12 +1,11 @@
 """`lexigram compress`: a model into a folder."""
 
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
-from lexigram.cli.arguments import Cache, Count, MaxRam
+from lexigram.cli.arguments import Cache, Count, DryRun, MaxRam, Out, Overwrite, Resume
 from lexigram.cli.plan import planned, show_plan
 from lexigram.cli.recipes import takes_recipe
 from lexigram.cli.screen import console, errors, say, tell
@@ -36,27 +35,11 @@ EXAMPLES = (
 
 @takes_recipe
 def compress(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears when it is complete.")],
+    out: Out,
     recipe: Recipe,
     cache: Cache = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            metavar="",
-            help="Replace OUT if it is an earlier result of ours.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            metavar="",
-            help="Go on with a run that was ended early, from OUT.unfinished; the result is the same.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     workers: Count = None,
     backend: Annotated[
         BackendName,
@@ -75,9 +58,7 @@ def compress(
         ),
     ] = None,
     max_ram: MaxRam = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", metavar="", help="Print the plan and stop.", rich_help_panel=MACHINE)
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Compress MODEL into the folder OUT.
 

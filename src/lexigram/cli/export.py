@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lexigram.cli.arguments import AUTO_DTYPE, Dtype
+from lexigram.cli.arguments import AUTO_DTYPE, Dtype, Folder
 from lexigram.cli.screen import say
 from lexigram.reporting import tables
 from lexigram.transformers_io import export_dense
@@ -14,13 +14,15 @@ EXAMPLES = ("lexigram export smaller --dense ordinary",)
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress` wrote.")],
-    dense: Annotated[Path, typer.Option("--dense", metavar="OUT", help="Folder to write, with dense weights.")],
+    folder: Folder,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", "--dense", metavar="OUT", help="Folder to write, with dense weights.")
+    ],
     dtype: Dtype = AUTO_DTYPE,
 ) -> None:
     """Write a compressed model as an ordinary checkpoint of the original size, for software that knows no lexigram."""
-    export_dense(folder, dense, dtype=dtype.value)
-    say(f"{dense}: an ordinary checkpoint, {tables.size(_folder_bytes(dense))}")
+    export_dense(folder, out, dtype=dtype.value)
+    say(f"{out}: an ordinary checkpoint, {tables.size(_folder_bytes(out))}")
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -15,8 +15,8 @@ EXAMPLES = ('lexigram generate smaller "The capital of France is"',)
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 32,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 32,
     chat: Annotated[bool, typer.Option("--chat", metavar="", help="Ask through the model's chat template.")] = False,
     device: Device = "auto",
     dtype: Dtype = AUTO_DTYPE,

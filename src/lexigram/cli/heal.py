@@ -1,18 +1,14 @@
 """`lexigram heal`: the stored values of a compressed model trained, in the same bytes."""
 
-from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from lexigram.cli.arguments import Device
+from lexigram.cli.arguments import Against, Device, Folder, Out, Overwrite, Resume
 from lexigram.cli.options import Option
 from lexigram.cli.recipes import declared
 from lexigram.cli.screen import errors, say, tell
 from lexigram.healing import heal as run_heal
 from lexigram.progress import drawing
 from lexigram.runfolder import run_folder
-from lexigram.shown import MACHINE
 from lexigram.training import HealingSettings
 
 EXAMPLES = (
@@ -24,13 +20,10 @@ _OWN = {key: Option("settings", key, {"healing": field}) for key, field in Heali
 
 
 def heal(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress` wrote.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears when it is complete.")],
+    folder: Folder,
+    out: Out,
     texts: Annotated[list[str], declared(_OWN["texts"], rich_help_panel=None)],
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="The model that was compressed. [default: the one that run.json names]"),
-    ] = None,
+    against: Against = None,
     sequences: Annotated[int | None, declared(_OWN["sequences"])] = None,
     length: Annotated[int | None, declared(_OWN["length"])] = None,
     held_out: Annotated[int | None, declared(_OWN["held_out"])] = None,
@@ -50,25 +43,13 @@ def heal(
     save_every: Annotated[int | None, declared(_OWN["save_every"])] = None,
     compute_dtype: Annotated[str | None, declared(_OWN["compute_dtype"])] = None,
     device: Device = "auto",
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", metavar="", help="Replace OUT if it is an earlier result of ours.", rich_help_panel=MACHINE
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            metavar="",
-            help="Go on with a training that was ended early, from OUT.unfinished; the result is the same.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
 ) -> None:
     """Train the stored values of DIR on a text, against the original model; the places, forms and bytes stay as they are.
 
-    What has the least loss on sequences that were held out is written into OUT.
+    What has the least loss on sequences that were held out is written into OUT. Without --against the original is the model
+    that run.json names.
     """
     given = {
         "texts": texts,

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from lexigram.cli.fields import by_text, choices, default, marked, together, value_type
 from lexigram.methods import METHODS
-from lexigram.recipe import Calibration, Recipe
+from lexigram.recipe import METHOD_DEFAULTS, Calibration, Recipe
 from lexigram.shown import BUDGET, CALIBRATION, FORM, MACHINE, Shown
 
 Part = Literal["settings", "calibration", "method"]
@@ -34,11 +34,13 @@ class Option:
         part: as `lexigram.recipe.merge` names them.
         key: of the field.
         fields: by method; a single one, by the part, where the part is not the method.
+        defaults: by method, of a setting whose default is the method's own.
     """
 
     part: Part
     key: str
     fields: Mapping[str, FieldInfo]
+    defaults: Mapping[str, str] | None = None
 
     @property
     def shown(self) -> Shown:
@@ -52,6 +54,10 @@ class Option:
         """As it is written, without the two dashes before it."""
         name = (self.shown.name or self.key).replace("_", "-")
         return f"no-{name}" if self.negative else name
+
+    def given(self, value: Any) -> str:
+        """As it was written, where it has this value."""
+        return f"--no-{self.name}" if value is False else f"--{self.name}"
 
     @property
     def negative(self) -> bool:
@@ -108,7 +114,7 @@ class Option:
     @property
     def default(self) -> str:
         """In words; where methods differ, of each. Empty where the option itself tells: a flag, or nothing unless given."""
-        told = by_text({name: default(field) for name, field in self.fields.items()})
+        told = by_text(self.defaults or {name: default(field) for name, field in self.fields.items()})
         if len(told) > 1:
             return together(told)
         (only,) = told
@@ -147,7 +153,8 @@ def options() -> dict[str, Option]:
             for key, field in model.model_fields.items():
                 if marked(field).option and (part, key) != ("method", "name"):
                     fields.setdefault(key, {})[owner] = field
-        for option in (Option(part, key, owners) for key, owners in fields.items()):
+        own = METHOD_DEFAULTS if part == "settings" else {}
+        for option in (Option(part, key, owners, own.get(key)) for key, owners in fields.items()):
             if option.name in found:
                 raise TypeError(f"--{option.name} would set two fields; mark one of them with Shown(name=...)")
             found[option.name] = option

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lexigram.cli.arguments import Folder
 from lexigram.cli.screen import console, say
 from lexigram.errors import LexigramError
 from lexigram.jsonfiles import read_json
@@ -25,15 +26,16 @@ def report_(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What `lexigram eval --json` wrote.")],
 ) -> None:
     """Print evaluations side by side."""
-    rows = [read_json(file) for file in files]
+    remedy = "name what `lexigram eval --json` wrote"
+    rows = [read_json(file, remedy=remedy) for file in files]
     for file, row in zip(files, rows, strict=True):
         if not isinstance(row.get("token_perplexity", ""), (int, float, NoneType)):
-            raise LexigramError(f"{file} holds no evaluation; name what `lexigram eval --json` wrote")
+            raise LexigramError(f"{file} holds no evaluation; {remedy}")
     console.print(*tables.evaluation_tables(rows))
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress` wrote.")],
+    folder: Folder,
     as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print run.json instead.")] = False,
     plot: Annotated[
         Path | None,
@@ -53,7 +55,7 @@ def inspect(
         return
     console.print(tables.bytes_table(record))
     console.print(tables.kinds_table(record))
-    console.print(tables.forms_table(record.layers))
-    console.print(tables.error_map(record.layers))
+    console.print(tables.forms_table(record.layers, healed=bool(record.healing)))
+    console.print(tables.error_map(record.layers, healed=bool(record.healing)))
     if plot is not None:
         say(f"written: {plot}")

@@ -1,13 +1,12 @@
 """`lexigram verify`: whether a compressed folder is what its record says."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lexigram.cli.arguments import Device
+from lexigram.cli.arguments import Against, Device, Folder, JsonFile, texts
 from lexigram.cli.screen import console, errors
 from lexigram.devices import resolve_device
 from lexigram.errors import LexigramError
@@ -25,25 +24,15 @@ _OUTCOMES = {True: "[green]passed[/]", False: "[bold red]failed[/]", None: "not 
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress` wrote.")],
-    against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model that was compressed, to hold DIR against.")
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--text",
-            "-t",
-            help="Measure every layer's output error on this text: a .txt or .jsonl file (repeatable), `demo`, or `hub:NAME`; "
-            "needs --against.",
-        ),
-    ] = None,
+    folder: Folder,
+    against: Against = None,
+    text: Annotated[list[str] | None, texts("To measure every layer's output error on (needs --against)")] = None,
     sequences: Annotated[int | None, typer.Option(help="How many sequences of it. [default: those of the run]")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence. [default: those of the run]")] = None,
     calibration_seed: Annotated[
         int | None, typer.Option(help="Decides which sequences are drawn. [default: that of the run]")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the outcome there.")] = None,
+    json_file: JsonFile = None,
     device: Device = "auto",
 ) -> None:
     """Check that DIR is what was written: hashes of every tensor and file, forms, sizes; and, with --against, what it is worth.

@@ -17,6 +17,7 @@ from lexigram.records import LayerRecord, RunRecord
 from lexigram.reporting import redundancy
 from lexigram.targets import Target
 
+_BEFORE = " before healing"
 _NEAR = 0.01  # of the ratio asked for, when a form uses its bytes up
 
 
@@ -109,13 +110,16 @@ def bytes_table(record: RunRecord) -> Table:
     return table
 
 
-def error_map(layers: Sequence[LayerRecord]) -> Table:
-    """Every layer's relative output error, decoder layers down, kinds across, the worse the redder."""
+def error_map(layers: Sequence[LayerRecord], *, healed: bool = False) -> Table:
+    """Every layer's relative output error, decoder layers down, kinds across, the worse the redder.
+
+    `healed`: values were trained afterwards, and the title says that these are the errors of before.
+    """
     names = redundancy.names_within(layers)
     kinds = list(dict.fromkeys(names))
     errors = {(layer.layer, name): layer.fit.relative_error for layer, name in zip(layers, names, strict=True)}
     worst = max(errors.values()) or 1.0
-    table = Table(title="relative error of each layer's output on the calibration text")
+    table = Table(title=f"relative error of each layer's output on the calibration text{_BEFORE * healed}")
     table.add_column("layer", justify="right")
     for kind in kinds:
         table.add_column(kind, justify="right")
@@ -152,9 +156,9 @@ def kinds_table(record: RunRecord) -> Table:
     return table
 
 
-def forms_table(layers: Sequence[LayerRecord]) -> Table:
-    """The forms of each kind of layer, and their mean and worst error."""
-    table = Table(title="forms")
+def forms_table(layers: Sequence[LayerRecord], *, healed: bool = False) -> Table:
+    """The forms of each kind of layer, and their mean and worst error; `healed` as in `error_map`."""
+    table = Table(title=f"forms{', errors' * healed}{_BEFORE * healed}")
     narrow = {"layers": 6, "each": 8, "mean error": 6, "worst error": 6}  # leaves the form most of 80 columns
     for column in ("layers", "kind", "shape", "form", "each", "mean error", "worst error"):
         table.add_column(column, justify="left" if column in ("kind", "form") else "right", width=narrow.get(column))
@@ -197,13 +201,18 @@ def _evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
             escape(str(row.get("label", ""))),
             size(row["model_bytes"]) if row.get("model_bytes") else "",
             _number(row.get("bits_per_weight"), ".2f"),
-            _number(row.get("token_perplexity"), ".2f"),
-            _number(row.get("word_perplexity"), ".1f"),
+            _perplexity(row, "token_perplexity", digits=2),
+            _perplexity(row, "word_perplexity", digits=1),
             _number(row.get("kl"), ".4f"),
             _number(row.get("top1_agreement"), ".1%"),
             _number(row.get("tokens"), ",d"),
         )
     return table
+
+
+def _perplexity(row: Mapping[str, Any], key: str, digits: int) -> str:
+    """Empty where it was not measured; JSON has null for one that is infinite."""
+    return comparison.perplexity(row[key], digits) if key in row else ""
 
 
 def comparison_plan_table(plan: ComparisonPlan) -> Table:
