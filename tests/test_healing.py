@@ -4,8 +4,10 @@ The oracles: the leaf's own bytes, autograd through float arithmetic without rou
 computes it, KL divergence in float64, the bytes of an uninterrupted run.
 """
 
+import errno
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 import lexigram
+from checkpoints import attach_config
 from conftest import Command, build_toy, contents, toy_folder, words_tokenizer
 from drawn import generator, normal
 from endings import Stop, StopAt
 from lexigram import HealingSettings, LexigramError, Recipe, RunRecord, distillation, training
+from lexigram.devices import forward_dtype
 from lexigram.distillation import Objective, recomputing
 from lexigram.factors import (
     Bfloat,
@@ -46,14 +52,14 @@ from lexigram.factors import (
     in_blocks,
     with_leaves,
 )
-from lexigram.factors.training import RUN
+from lexigram.factors.training import LEAST_STEPS, RUN, built_once
 from lexigram.headers import file_sha256
 from lexigram.records import read_run
-from lexigram.runfolder import run_folder
+from lexigram.runfolder import MANIFEST, run_folder
+from lexigram.runfolder import opened as runfolder_opened
 from lexigram.transformers_io import (
     SHARED,
     FactoredLinear,
-    attach_config,
     factored_layers,
     replace_leaves,
     share,
@@ -171,7 +177,10 @@ def test_gradients_pass_the_rounding_of_floats(name: str) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("width", [2, 4, 8])
 def test_gradients_of_values_and_scales_are_those_of_lsq(width: int, symmetric: bool) -> None:
-    """Esser et al., eq. 3, from the integers that are stored."""
+    """Esser et al., eq. 1 to 3, of values that are multiples of their scale: ``s`` and the integer, where the grid reaches.
+
+    Beyond its ends only what leads back has a gradient.
+    """
     codec = Integer(bits=width, group=6, symmetric=symmetric)  # type: ignore[arg-type]
     leaf = stored(DenseSpec(rows=ROWS, cols=COLS, codec=codec))
     opened, weight = TrainableLeaf(leaf), normal(ROWS, COLS, seed=5).view(-1, 6)
@@ -182,18 +191,114 @@ def test_gradients_of_values_and_scales_are_those_of_lsq(width: int, symmetric: 
     assert grid.zero is not None
     assert opened.scales is not None
     first, zero = grid.scale.float()[:, None], grid.zero.float()[:, None]
-    values = (opened.values.detach() * units(leaf)).view(-1, 6)
+    unit = steps_a_unit(leaf)
     scale = (opened.scales.detach()[:, None] * first).bfloat16().float()
-    exact = values / scale
+    exact = opened.values.detach().view(-1, 6) * unit
     low, high = -zero, 2**width - 1 - zero
     inside = (exact > low - 0.5) & (exact < high + 0.5)
-    steps = exact.round().clamp(low, high)
+    back = torch.where(exact > 0, weight * scale > 0, weight * scale < 0)  # a step of descent is against the gradient
+    integers = exact.round().clamp(low, high)
     assert not bool(inside.all())
     assert opened.values.grad is not None
     assert opened.scales.grad is not None
-    assert torch.allclose(opened.values.grad.view(-1, 6), weight * inside * units(leaf).view(-1, 6))
-    wanted = (weight * torch.where(inside, steps - exact, steps) * first).sum(1)
+    wanted_values = weight * scale * unit * (inside | back)
+    assert torch.allclose(opened.values.grad.view(-1, 6), wanted_values, rtol=1e-5)
+    wanted = (weight * integers * first).sum(1)
     assert torch.allclose(opened.scales.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+def steps_a_unit(leaf: Any) -> Tensor:
+    """By hand, for groups of six: the power of two below the root mean square of their integers, `LEAST_STEPS` at least."""
+    grid = leaf.spec.codec.stored_grid(dict(leaf.named_parameters()))
+    integers = leaf.decode(torch.float32).view(-1, 6) / grid.scale.float()[:, None]
+    return torch.tensor(
+        [[max(LEAST_STEPS, 2.0 ** math.floor(math.log2(math.hypot(*row) / 6**0.5)))] for row in integers]
+    )
+
+
+@pytest.mark.parametrize("steps", [40, training.STEPS])
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_integers_change_within_the_budget(width: int, steps: int) -> None:
+    """A loss that falls with every value: by default settings values of few bits go that way, some of them soon.
+
+    As many of them as the travel of a value in steps of the grid is of one, and none in the other direction.
+    """
+    codec = Integer(bits=width, group=32)  # type: ignore[arg-type]
+    leaf = encode(0.02 * normal(64, 64), DenseSpec(rows=64, cols=64, codec=codec))
+    opened, settings = TrainableLeaf(leaf), HealingSettings(texts="t", steps=steps)
+    assert opened.scales is not None
+    opened.scales.requires_grad_(False)
+    optimiser = torch.optim.AdamW([opened.values], betas=(0.9, 0.95), weight_decay=0)
+    shares = []
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = settings.rate_at(step, 0.0)
+        optimiser.zero_grad()
+        (-opened.to_dense()).sum().backward()
+        optimiser.step()
+        moved = opened.packed().to_dense() - leaf.to_dense()
+        assert not bool((moved < 0).any())
+        shares.append(float((moved > 0).float().mean()))
+    travel = LEAST_STEPS * sum(settings.rate_at(step, 0.0) for step in range(steps))
+    room = float((leaf.decode(torch.float32) < reach(leaf)).float().mean())
+    assert shares[-1] == pytest.approx(min(1.0, travel) * room, rel=0.2)
+    assert all(later - before < 0.05 for before, later in itertools.pairwise(shares)), "never many at once"
+
+
+def reach(leaf: Any) -> Tensor:
+    """The largest value of each one's group."""
+    grid = leaf.spec.codec.stored_grid(dict(leaf.named_parameters()))
+    last = (2**leaf.spec.codec.bits - 1 - grid.zero.float()) * grid.scale.float()
+    first = -grid.zero.float() * grid.scale.float()
+    return torch.maximum(first, last).repeat_interleave(leaf.spec.codec.group)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("width", [2, 3, 4, 6, 8])
+def test_a_scale_takes_its_group_along(width: int, symmetric: bool) -> None:
+    """Whatever it becomes: the integers stay, so the values are as many times theirs as the scale is."""
+    codec = Integer(bits=width, group=6, symmetric=symmetric)  # type: ignore[arg-type]
+    leaf = stored(DenseSpec(rows=ROWS, cols=COLS, codec=codec))
+    opened = TrainableLeaf(leaf)
+    assert opened.scales is not None
+    with torch.no_grad():
+        opened.scales.mul_(torch.linspace(0.5, 2.0, len(opened.scales)))
+    packed = opened.packed()
+    assert bits(packed)["values"] == bits(leaf)["values"]
+    ratio = packed.scales.view(torch.bfloat16).float() / leaf.scales.view(torch.bfloat16).float()
+    assert torch.allclose(ratio, torch.linspace(0.5, 2.0, len(ratio)), rtol=2**-8)
+    assert torch.allclose(packed.to_dense().view(-1, 6), leaf.to_dense().view(-1, 6) * ratio[:, None])
+
+
+def test_integers_that_were_carried_past_the_end_come_back() -> None:
+    leaf = stored(DenseSpec(rows=ROWS, cols=COLS, codec=Integer(bits=2, group=6)))
+    opened = TrainableLeaf(leaf)
+    with torch.no_grad():
+        opened.values.add_(4)
+    last = opened.to_dense().detach()
+    optimiser = torch.optim.AdamW([opened.values], lr=0.2, weight_decay=0)
+    for _ in range(40):
+        optimiser.zero_grad()
+        opened.to_dense().sum().backward()
+        optimiser.step()
+    assert bool((opened.to_dense() < last).all())
+
+
+def test_a_matrix_that_is_built_once_gives_the_gradients_of_one_that_is_built_anew() -> None:
+    for name in ("bfloat 16", "int4 7 affine", "int3 128 symmetric"):
+        for spec in leaves(CODECS[name]).values():
+            found = []
+            for once in (False, True):
+                opened = TrainableLeaf(stored(spec))
+                if not opened.values.requires_grad:
+                    continue
+                model = nn.Sequential(opened)
+                with built_once(model) if once else nullcontext():
+                    for seed in (1, 2, 3):
+                        (model(normal(4, COLS, seed=seed)) ** 2).sum().backward()
+                assert opened._built is None
+                found.append([parameter.grad for parameter in opened.parameters()])
+            for a, b in zip(*found, strict=True) if found else ():
+                assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_a_leaf_of_zeros_does_not_train_and_neither_does_a_group_of_them() -> None:
@@ -360,6 +465,96 @@ def test_recomputing_layers_changes_no_gradient(pair: tuple[Any, Any]) -> None:
     assert not any("forward" in vars(layer) for layer in student.model.layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["kl", "tokens"])
+def test_gradients_of_losses_are_those_of_autograd(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through softmaxes in float64; in parts of rows, the last of them shorter."""
+    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", 4 * 200)
+    logits, wanted = ((3 * normal(5, 6, 200, seed=seed)).to(dtype) for seed in (1, 2))
+    ids, own = IDS[:, :6], logits.clone().requires_grad_()
+    weights = normal(5, seed=3)
+    losses = distillation._LOSSES[name](  # type: ignore[index]
+        distillation.Outputs(own, []), distillation.Outputs(wanted, []), ids
+    )
+    (losses * weights).sum().backward()
+    exact = logits.double().requires_grad_()
+    ours, theirs = exact.log_softmax(-1), wanted.double().log_softmax(-1)
+    if name == "kl":
+        expected = (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
+    else:
+        expected = -ours[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2).mean(1)
+    (expected * weights).sum().backward()
+    assert own.grad is not None
+    assert exact.grad is not None
+    assert own.grad.dtype == dtype
+    assert torch.allclose(losses.double(), expected, rtol=1e-5)
+    rough = 1e-5 if dtype == torch.float32 else 2**-7
+    assert torch.allclose(own.grad.double(), exact.grad, rtol=rough, atol=rough * float(exact.grad.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["kl", "tokens"])
+def test_few_rows_of_logits_are_in_float32_at_a_time(
+    name: str, pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", 7 * 200)
+    rows: list[int] = []
+    real = torch.Tensor.log_softmax
+
+    def noting(tensor: Tensor, *args: Any) -> Tensor:
+        rows.append(len(tensor))
+        return real(tensor, *args)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", noting)
+    teacher = pair[1] if name == "kl" else None
+    Objective(name, pair[0], teacher, "model.layers", torch.float32, 1000).losses(IDS).sum().backward()  # type: ignore[arg-type]
+    assert rows
+    assert max(rows) == 7
+
+
+def test_layers_are_compared_without_logits(pair: tuple[Any, Any]) -> None:
+    """Of the last position alone, as models can leave out no less; held-out text has all, for its next-token loss."""
+    seen: list[int] = []
+    for model in pair:
+        model.lm_head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[1]))
+    objective = Objective("layers", *pair, "model.layers", torch.float32, 1000)
+    objective.losses(IDS).sum().backward()
+    assert seen == [1, 1]
+    objective.measured(IDS)
+    assert seen[2:] == [24, 1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "phi"])
+@pytest.mark.parametrize("objective", distillation.NEEDS_TEACHER)
+def test_the_teacher_sees_sequences_that_come_again_once(name: str, objective: Any) -> None:
+    """In whatever company they come; the losses are those of a teacher that sees them every time."""
+    student, teacher = build_toy(name), build_toy(name, seed=1)
+    layers = next(each for each, module in teacher.named_modules() if isinstance(module, nn.ModuleList))
+    calls: list[int] = []
+    teacher.get_submodule(layers)[0].register_forward_hook(lambda _module, args, _output: calls.append(len(args[0])))
+    keeping, plain = (Objective(objective, student, teacher, layers, torch.float32, 1000) for _ in range(2))
+    for ids, new in ((IDS[:3], 3), (IDS[[2, 0, 4]], 1), (IDS[[1, 4]], 0), (IDS, 1)):
+        calls.clear()
+        found = keeping.losses(ids, again=True)
+        assert calls == [1] * new
+        assert torch.allclose(found, plain.losses(ids), rtol=1e-4)
+    assert not any("forward" in vars(module) for module in teacher.modules())
+
+
+def test_a_teacher_that_is_more_than_a_base_and_a_head_is_run_every_time(pair: tuple[Any, Any]) -> None:
+    """Here logits depend on a layer in the middle, which the head by itself does not see."""
+    student, teacher = pair
+    inside: list[Tensor] = []
+    teacher.model.layers[0].register_forward_hook(lambda _module, _args, output: inside.append(output))
+    teacher.lm_head.register_forward_hook(
+        lambda _module, _args, output: output + (inside.pop().mean(-1, keepdim=True) * output if inside else 0)
+    )
+    keeping = Objective("kl", student, teacher, "model.layers", torch.float32, 1000)
+    for _ in range(2):
+        assert torch.equal(keeping.losses(IDS, again=True), keeping.losses(IDS))
+
+
 # ------------------------------------------------------------------------------------------------------------ the settings
 
 
@@ -422,7 +617,16 @@ FORMS: dict[str, dict[str, Any]] = {
         "ratio": 0.8,
     },
     "structured": {"method": {"name": "structured"}},
+    "double-sparse": {"method": {"name": "double-sparse", "iterations": 3}, "ratio": 0.8},
+    "index list": {"method": {"name": "magnitude"}, "ratio": 0.95},
 }
+
+
+def test_the_forms_are_what_they_are_called(toy: Path, words: Path, tmp_path: Path) -> None:
+    record = made(toy, words, tmp_path / "small", **FORMS["index list"])
+    assert {layer.factors["index"] for layer in record.layers} == {"list"}
+    record = made(toy, words, tmp_path / "other", **FORMS["double-sparse"])
+    assert {layer.factors[side]["form"] for layer in record.layers for side in ("left", "right")} == {"sparse"}
 
 
 def made(toy: Path, words: Path, out: Path, **settings: Any) -> RunRecord:
@@ -555,6 +759,21 @@ def test_the_clock_ends_a_training(small: Path, words: Path, tmp_path: Path) -> 
     assert healing.seconds >= 0.6
 
 
+@pytest.mark.parametrize("objective", ["kl", "layers", "tokens"])
+def test_a_forward_pass_in_bfloat16(objective: str, small: Path, words: Path, tmp_path: Path) -> None:
+    """Autocast; what is trained stays in float32, and what is stored is what was trained."""
+    settings = quick(words, objective=objective, compute_dtype="bfloat16")
+    record = healed(small, tmp_path / "out", settings)
+    healing = record.healing[0]
+    assert healing.machine["compute_dtype"] == "bfloat16"
+    assert healing.after.objective < healing.before.objective
+    assert lexigram.verify(tmp_path / "out").passed
+    student = lexigram.load(tmp_path / "out", dtype=torch.float32)
+    held = torch.cat(list(held_ids(words)))
+    packed = Objective("tokens", student, None, "model.layers", torch.bfloat16, 64).measured(held)
+    assert packed.tokens == pytest.approx(healing.after.tokens, rel=1e-2)
+
+
 @pytest.mark.slow
 def test_healing_lowers_the_loss_of_a_trained_model(stories: Path, data: Path, tmp_path: Path) -> None:
     """Compressed hard, a few dozen steps; held-out perplexity comes from the evaluation, on other sequences."""
@@ -610,12 +829,134 @@ def test_ctrl_c_keeps_the_step(small: Path, words: Path, tmp_path: Path) -> None
             healed(small, tmp_path / "out", quick(words, save_every=100), progress=stop)
     finally:
         signal.signal(signal.SIGINT, before)
-    state = run_folder(tmp_path / "out") / training._STATE
+    state = run_folder(tmp_path / "out") / training.STATE
     assert state.is_file()
     assert "now." in str(list(load_file(state)))
     healed(small, tmp_path / "out", quick(words, save_every=100), resume=True)
     healed(small, tmp_path / "whole", quick(words))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("at", [5, 6])
+def test_ctrl_c_in_the_last_step_ends_the_run_and_loses_nothing(
+    at: int, small: Path, words: Path, tmp_path: Path
+) -> None:
+    """The last of six steps, and the look after it: nothing is left but to write, which another run does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ends = {5: StopAt(6, interrupt, of="heal"), 6: StopAt(1, interrupt, of="held-out text after 6 steps")}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            healed(small, tmp_path / "out", quick(words, save_every=100), progress=ends[at])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / "out").exists()
+    healed(small, tmp_path / "out", quick(words), resume=True, progress=StopAt(1, of="heal"))
+    healed(small, tmp_path / "whole", quick(words))
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_disk_that_is_full_when_the_result_is_written_costs_no_step(
+    small: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lexigram.healing._write", full)
+        with pytest.raises(LexigramError, match=r"out could not be written: No space left.*go on with --resume"):
+            healed(small, tmp_path / "out", quick(words, save_every=100))
+    healed(small, tmp_path / "out", quick(words), resume=True, progress=StopAt(1, of="heal"))
+    healed(small, tmp_path / "whole", quick(words))
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def test_a_kill_after_the_last_rename(
+    small: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is in its place, and the run's folder was not removed yet."""
+    with monkeypatch.context() as patched:
+        patched.setattr("lexigram.runfolder._remove", lambda *_: None)
+        record = healed(small, tmp_path / "out", quick(words))
+    assert (tmp_path / "out.unfinished" / MANIFEST).is_file()
+    with pytest.raises(LexigramError, match="out exists and is not empty"):
+        healed(small, tmp_path / "out", quick(words))
+    again = healed(small, tmp_path / "out", quick(words), resume=True, progress=StopAt(1))
+    assert again == record
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(LexigramError, match="out exists and is not empty"):
+        healed(small, tmp_path / "out", quick(words, rate=0.01), resume=True)
+
+
+def test_two_runs_on_one_folder(small: Path, words: Path, tmp_path: Path) -> None:
+    """Told before anything that takes long, and never to delete what another works on."""
+    folder = unfinished(small, words, tmp_path / "out")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for resume in (False, True):
+        with (
+            runfolder_opened(tmp_path / "out", manifest["identity"], resume=True),
+            pytest.raises(LexigramError, match=r"another run works on .*out\.unfinished; wait for it"),
+        ):
+            healed(small, tmp_path / "out", quick(words), resume=resume, progress=StopAt(1))
+
+
+def test_what_changes_no_byte_stops_no_resuming(small: Path, words: Path, tmp_path: Path) -> None:
+    own = str(forward_dtype(torch.device("cpu"))).removeprefix("torch.")
+    first, second = quick(words, compute_dtype="auto"), quick(words, compute_dtype=own, checkpointing=True)
+    with pytest.raises(Stop):
+        healed(small, tmp_path / "out", first, progress=StopAt(5, of="heal"))
+    healed(small, tmp_path / "out", second, resume=True)
+    healed(small, tmp_path / "whole", first)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    other = "bfloat16" if own == "float32" else "float32"
+    with pytest.raises(Stop):
+        healed(small, tmp_path / "other", first, progress=StopAt(5, of="heal"))
+    with pytest.raises(LexigramError, match=f"was begun with a forward pass in {own}, and this run has {other}"):
+        healed(small, tmp_path / "other", quick(words, compute_dtype=other), resume=True)
+
+
+def test_batches_in_parts_end_in_the_same_bytes_too(
+    small: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parts a step: with gradient checkpointing, and over an interruption in an epoch that repeats."""
+    monkeypatch.setattr("lexigram.healing._AT_ONCE", 64)
+    settings = quick(words, steps=8)
+    with pytest.raises(Stop):
+        healed(small, tmp_path / "out", settings, progress=StopAt(6, of="heal"))
+    healed(small, tmp_path / "out", settings.model_copy(update={"checkpointing": True}), resume=True)
+    healed(small, tmp_path / "whole", settings)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_disk_is_asked_for_what_is_needed(
+    begun: bool, small: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the most that lies beside the output at once and a tenth more; what is there already is not asked for again."""
+    settings = quick(words, save_every=1)
+    there = 0
+    if begun:
+        with pytest.raises(Stop):
+            healed(small, tmp_path / "out", settings, progress=StopAt(4, of="heal"))
+        there = sum(path.stat().st_size for path in run_folder(tmp_path / "out").rglob("*") if path.is_file())
+    most, asked, real, sync = [0], [0], lexigram.healing.check_target, os.fsync
+
+    def noting(*args: Any, needed_bytes: int = 0, **options: Any) -> None:
+        asked.append(needed_bytes)
+        real(*args, needed_bytes=needed_bytes, **options)
+
+    def synced(file: int) -> None:
+        most.append(sum(path.stat().st_size for path in run_folder(tmp_path / "out").rglob("*") if path.is_file()))
+        sync(file)
+
+    monkeypatch.setattr("lexigram.healing.check_target", noting)
+    monkeypatch.setattr(os, "fsync", synced)
+    healed(small, tmp_path / "out", settings, resume=True)
+    result = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert max(most) - there < max(asked) < 1.1 * max(most) + result - there
 
 
 def unfinished(small: Path, words: Path, out: Path) -> Path:
@@ -655,7 +996,7 @@ def test_without_resume_an_unfinished_training_is_left_alone(small: Path, words:
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
 def test_a_damaged_state_is_named(damage: str, small: Path, words: Path, tmp_path: Path) -> None:
-    file = unfinished(small, words, tmp_path / "out") / training._STATE
+    file = unfinished(small, words, tmp_path / "out") / training.STATE
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
     file.write_bytes(content if damage == "flipped" else content[: -5 if damage == "truncated" else 0])
@@ -666,6 +1007,31 @@ def test_a_damaged_state_is_named(damage: str, small: Path, words: Path, tmp_pat
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_compressed_model_is_no_original(small: Path, words: Path, tmp_path: Path) -> None:
+    says = "small is compressed itself; name the original model"
+    with pytest.raises(LexigramError, match=says):
+        healed(small, tmp_path / "out", quick(words), against=str(small))
+    with pytest.raises(LexigramError, match=says):
+        lexigram.verify(small, against=str(small))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_objective_that_imitates_none_takes_no_original(small: Path, toy: Path, words: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        LexigramError, match=r"tokens imitates no model; leave out --against .*, or take --objective kl or"
+    ):
+        healed(small, tmp_path / "out", quick(words, objective="tokens"), against=str(toy))
+
+
+def test_a_result_inside_of_its_own_model_is_refused(small: Path, words: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small, tmp_path / "small")
+    before = contents(folder)
+    for out in (folder / "healed", folder / "a" / "b", tmp_path / "other" / ".." / "small" / "healed"):
+        with pytest.raises(LexigramError, match=r"lies in .*small, which has to stay as it is; name another"):
+            healed(folder, out, quick(words))
+    assert contents(folder) == before
 
 
 def other_weights(toy: Path, folder: Path) -> Path:
@@ -722,10 +1088,10 @@ def flip(folder: Path) -> None:
     ("damage", "says"),
     [
         (flip, "is not as it was written; fetch it or compress again"),
-        (lambda folder: (folder / "run.json").unlink(), r"run\.json cannot be read"),
+        (lambda folder: (folder / "run.json").unlink(), r"is no compressed model \(it has no run\.json\)"),
         (lambda folder: (folder / WEIGHTS).unlink(), r"lexigram\.safetensors is missing .*; fetch"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not as it was written; fetch"),
-        (shutil.rmtree, "cannot be read"),
+        (shutil.rmtree, r"is no compressed model \(it has no run\.json\)"),
     ],
 )
 def test_a_damaged_folder_is_refused(
@@ -770,6 +1136,41 @@ def test_a_loss_that_is_not_finite_ends_in_a_sentence(
     with pytest.raises(LexigramError, match=r"the loss.* is nan after \d+ steps; lower --rate \(0\.02 now\)"):
         healed(small, tmp_path / "out", quick(words, objective=objective, save_every=1, measure_every=50))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["the loss", "the loss on held-out text"])
+def test_what_was_better_before_a_loss_that_is_not_finite_is_the_result(
+    place: str, small: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fourth step fails, or the look after it: the values after the second are written, as the record says."""
+    losses = dict(distillation._LOSSES)
+
+    def broken(found: Any, wanted: Any, ids: Tensor) -> Tensor:
+        bad = found.logits.requires_grad == (place == "the loss") and state().step >= (3 if place == "the loss" else 4)
+        return losses["tokens"](found, wanted, ids) * (float("nan") if bad else 1)
+
+    trainings: list[Any] = []
+    begin = training.Training.__init__
+    monkeypatch.setattr(
+        training.Training, "__init__", lambda self, *args: (trainings.append(self), begin(self, *args))[1]
+    )
+
+    def state() -> Any:
+        return trainings[-1].state
+
+    with monkeypatch.context() as patched:
+        patched.setitem(distillation._LOSSES, "tokens", broken)
+        settings = quick(words, objective="tokens", measure_every=2)
+        record = healed(small, tmp_path / "out", settings)
+    healing = record.healing[0]
+    assert (healing.stopped, healing.best_step) == ("not finite", 2)
+    assert re.match(rf"{place} is nan after \d steps; these are the values after 2; .*lower --rate", healing.remarks[0])
+    assert healing.after.objective < healing.before.objective
+    assert lexigram.verify(tmp_path / "out").passed
+    student = lexigram.load(tmp_path / "out", dtype=torch.float32)
+    held = torch.cat(list(held_ids(words)))
+    packed = Objective("tokens", student, None, "model.layers", torch.float32, 64).measured(held)
+    assert packed.tokens == pytest.approx(healing.after.tokens, rel=1e-4)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(small: Path, words: Path, tmp_path: Path) -> None:
@@ -835,6 +1236,27 @@ def test_a_compressed_layer_is_none_of_the_layers_that_adapters_know(small: Path
         assert not isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention))
         assert not hasattr(layer, "weight")
     assert not model.hf_quantizer.is_trainable
+
+
+def test_a_trainer_is_told_what_trains(small: Path, words: Path, tmp_path: Path) -> None:
+    healed(small, tmp_path / "out", quick(words, steps=1))
+    arguments = TrainingArguments(output_dir=str(tmp_path / "none"), use_cpu=True, report_to=[])
+    for folder in (small, tmp_path / "out"):
+        with pytest.raises(LexigramError, match=r"neither Trainer nor an adapter trains; .*`lexigram heal"):
+            Trainer(model=lexigram.load(folder), args=arguments)
+
+
+def test_errors_of_before_are_called_so(command: Command, small: Path, toy: Path, words: Path, tmp_path: Path) -> None:
+    healed(small, tmp_path / "out", quick(words, steps=1))
+    before, after = command("inspect", small).out, command("inspect", tmp_path / "out").out
+    assert "before healing" not in before
+    assert len(re.findall("before healing", after)) == 2
+    said = json.loads(command("inspect", tmp_path / "out", "--json").out)["healing"][0]["remarks"]
+    assert said == ["the errors of the layers' fits are those before healing"]
+    found = lexigram.verify(tmp_path / "out", against=str(toy), texts=[str(words)], length=32)
+    [errors] = [check for check in found.checks if check.name == "layer errors"]
+    assert errors.passed is None
+    assert re.search(r"by the record [\d.]+ before healing; not held against", errors.message)
 
 
 def test_a_folder_with_an_adapter_in_it_is_refused(small: Path, words: Path, tmp_path: Path) -> None:

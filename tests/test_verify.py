@@ -265,7 +265,7 @@ def test_a_result_of_an_earlier_version_has_no_hashes(folder: Path) -> None:
 
 
 def test_what_cannot_be_verified_is_an_error(result: Path, toy: Path, words: Path, tmp_path: Path) -> None:
-    with pytest.raises(LexigramError, match=r"run\.json cannot be read"):
+    with pytest.raises(LexigramError, match=r"is no compressed model \(it has no run\.json\); name what"):
         verify(toy)
     with pytest.raises(LexigramError, match="name it too"):
         verify(result, texts=[str(words)])

@@ -6,7 +6,8 @@ Losses of token sequences and the memory that they take. Nothing here changes a 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -59,39 +60,121 @@ class Objective:
     dtype: torch.dtype
     at_once: int
 
-    def parts(self, ids: Tensor) -> Iterator[Tensor]:
+    def parts(self, ids: Tensor) -> tuple[Tensor, ...]:
         """Sequences (sequences, length) in parts that can be run at once."""
-        yield from ids.split(max(1, self.at_once // ids.shape[1]))
+        return ids.split(max(1, self.at_once // ids.shape[1]))
 
-    def losses(self, ids: Tensor) -> Tensor:
-        """Of each sequence, (sequences,), float32; differentiable in what the student trains."""
-        return self._of(self._run(self.student, ids), ids)
+    def losses(self, ids: Tensor, *, again: bool = False) -> Tensor:
+        """Of each sequence, (sequences,), float32; differentiable in what the student trains.
 
-    def measured(self, ids: Tensor, step: Callable[[], None] = lambda: None) -> Losses:
-        """The means over sequences that nothing is trained on; `step` is called after each of them."""
+        `again` tells that they come again: what the teacher makes of them is then kept, in `kept_bytes` of memory.
+        """
+        return self._of(self._run(self.student, ids, logits=self._predicts), ids, again=again)
+
+    def measured(self, ids: Tensor, step: Callable[[], None] = lambda: None, *, again: bool = False) -> Losses:
+        """The means over sequences that nothing is trained on; `step` is called after each of them. `again`: see `losses`."""
         total, tokens = 0.0, 0.0
         with inference(self.student):
             for part in self.parts(ids):
-                found = self._run(self.student, part)
-                total += float(self._of(found, part).double().sum())
+                found = self._run(self.student, part, logits=True)
+                total += float(self._of(found, part, again=again).double().sum())
                 tokens += float(_token_losses(found, None, part.to(found.logits.device)).double().sum())
                 for _ in part:
                     step()
         return Losses(total / len(ids), tokens / len(ids))
 
-    def _of(self, found: Outputs, ids: Tensor) -> Tensor:
+    def kept_bytes(self, ids: Tensor) -> int:
+        """What is kept of sequences (sequences, length) that come again: hidden states, in the dtype of the forward pass."""
+        if self.teacher is None:
+            return 0
+        width: int = self.teacher.config.get_text_config().hidden_size
+        states = 1 if self._predicts else len(_listed(self.teacher, self.layers))
+        return ids.numel() * width * states * self.dtype.itemsize
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether it is one of logits."""
+        return self.name != "layers"
+
+    @cached_property
+    def _teacher(self) -> "_Teacher":
+        assert self.teacher is not None
+        return _Teacher(self.teacher, partial(self._run, self.teacher, logits=self._predicts))
+
+    def _of(self, found: Outputs, ids: Tensor, *, again: bool) -> Tensor:
         wanted = None
         if self.teacher is not None:
             with inference(self.teacher):
-                wanted = self._run(self.teacher, ids)
+                wanted = self._teacher.again(ids) if again else self._teacher.run(ids)
         return _LOSSES[self.name](found, wanted, ids.to(found.logits.device))
 
-    def _run(self, model: PreTrainedModel, ids: Tensor) -> Outputs:
+    def _run(self, model: PreTrainedModel, ids: Tensor, *, logits: bool) -> Outputs:
+        """Where no logits are wanted, models that can leave them out give those of the last position alone."""
+        few = {} if logits or "logits_to_keep" not in signature(model.forward).parameters else {"logits_to_keep": 1}
         autocast = torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
         outputs: list[Tensor] = []
-        with autocast, _noting(_listed(model, self.layers), outputs) if self.name == "layers" else nullcontext():
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        return Outputs(logits, outputs)
+        noting = nullcontext() if self._predicts else _noting(_listed(model, self.layers), outputs)
+        with autocast, noting:
+            found = model(input_ids=ids.to(model.device), use_cache=False, **few).logits
+        return Outputs(found, outputs)
+
+
+class _Teacher:
+    """What a model makes of sequences; of those that come again it is computed once.
+
+    Kept are the outputs of its layers where `run` notes them, and otherwise what its base model gives to its head, which is
+    applied anew: a vocabulary is far wider than hidden states. What is kept is made one sequence at a time, so that it does
+    not depend on which of them come together. A model whose head does not make the same of it is run every time.
+    """
+
+    def __init__(self, model: PreTrainedModel, run: Callable[[Tensor], Outputs]) -> None:
+        self.run = run
+        self._base: Any = model.base_model
+        self._splits: bool | None = None if self._base is not model else False
+        self._kept: dict[bytes, list[Tensor]] = {}
+        self._given: Callable[..., Any] | None = None
+
+    def again(self, ids: Tensor) -> Outputs:
+        """Of sequences (sequences, length) that come again."""
+        kept = [self._of(row) for row in ids.split(1)]
+        if not all(kept):
+            return self.run(ids)
+        states = [torch.cat(each) for each in zip(*kept, strict=True)]
+        return Outputs(states[0].new_empty(0), states) if self._given is None else self._headed(states[0], ids)
+
+    def _of(self, row: Tensor) -> list[Tensor]:
+        key = row.cpu().numpy().tobytes()
+        if key not in self._kept:
+            self._kept[key] = self._made(row)
+        return self._kept[key]
+
+    def _made(self, row: Tensor) -> list[Tensor]:
+        """Nothing where the base model and the head are not all that there is to the model."""
+        if self._splits is False:
+            return []
+        given: list[Any] = []
+        hook = self._base.register_forward_hook(lambda _module, _args, output: given.append(output))
+        try:
+            found = self.run(row)
+        finally:
+            hook.remove()
+        if found.layers:
+            return found.layers
+        state = getattr(given[0], "last_hidden_state", None) if given else None
+        if self._splits is None and state is not None:
+            self._given = type(given[0])
+            self._splits = torch.equal(self._headed(state, row).logits, found.logits)
+        return [state] if self._splits and state is not None else []
+
+    def _headed(self, states: Tensor, ids: Tensor) -> Outputs:
+        """What the head makes of hidden states (sequences, length, width)."""
+        assert self._given is not None
+        given = self._given(last_hidden_state=states)
+        self._base.forward = lambda *_args, **_options: given
+        try:
+            return self.run(ids)
+        finally:
+            del self._base.forward
 
 
 @contextmanager
@@ -131,19 +214,48 @@ def _noting(layers: list[nn.Module], outputs: list[Tensor]) -> Iterator[None]:
             hook.remove()
 
 
+class _ByRows(torch.autograd.Function):
+    """Losses (rows,) of logits (rows, vocabulary) against `wanted` (rows, ...): some rows at a time, as float32 takes room.
+
+    The gradient is found along with them, in the dtype of the logits, and is all that is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, loss: "_Loss") -> Tensor:
+        at_once = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        losses = []
+        for begin in range(0, len(logits), at_once):
+            rows = slice(begin, begin + at_once)
+            losses.append(loss(logits[rows], wanted[rows], None if gradient is None else gradient[rows]))
+        ctx.save_for_backward(gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0][:, None].to(gradient.dtype), None, None
+
+
+_Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Of rows of logits and what is wanted of them, (rows,); the gradient of each row's goes into the third argument."""
+
+
 def _divergences(found: Outputs, wanted: Outputs | None, ids: Tensor) -> Tensor:
-    """See `Objective`; (sequences,). Some rows of logits are in float32 at a time, in the backward pass too."""
+    """See `Objective`; (sequences,)."""
     assert wanted is not None
-    rows = max(1, CHUNK_ELEMENTS // found.logits.shape[-1])
-    pairs = zip(found.logits.flatten(0, 1).split(rows), wanted.logits.flatten(0, 1).split(rows), strict=True)
-    parts = [checkpoint(_divergence, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
-    return torch.cat(parts).view(ids.shape).mean(1)
+    rows: Tensor = _ByRows.apply(found.logits.flatten(0, 1), wanted.logits.flatten(0, 1), _divergence)
+    return rows.view(ids.shape).mean(1)
 
 
-def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """KL(wanted || logits) of rows (rows, vocabulary), (rows,)."""
-    theirs = wanted.to(logits.device).float().log_softmax(-1)
-    return nn.functional.kl_div(logits.float().log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
+def _divergence(logits: Tensor, wanted: Tensor, gradient: Tensor | None) -> Tensor:
+    """KL(wanted || logits) of rows (rows, vocabulary), (rows,); its gradient is the difference of the softmaxes."""
+    ours, theirs = logits.float().log_softmax(-1), wanted.to(logits.device).float().log_softmax(-1)
+    shares = theirs.exp()
+    losses = (theirs - ours).mul_(shares).sum(-1)
+    if gradient is not None:
+        gradient.copy_(ours.exp_().sub_(shares))
+    return losses
 
 
 def _layer_errors(found: Outputs, wanted: Outputs | None, ids: Tensor) -> Tensor:
@@ -158,9 +270,18 @@ def _layer_errors(found: Outputs, wanted: Outputs | None, ids: Tensor) -> Tensor
 
 
 def _token_losses(found: Outputs, _wanted: Outputs | None, ids: Tensor) -> Tensor:
-    """See `Objective`; (sequences,)."""
-    logits, targets = found.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
-    return nn.functional.cross_entropy(logits, targets, reduction="none").view(len(ids), -1).mean(1)
+    """See `Objective`; (sequences,). The last position predicts nothing, and what it is held against does not count."""
+    rows: Tensor = _ByRows.apply(found.logits.flatten(0, 1), ids.roll(-1, 1).flatten(), _surprise)
+    return rows.view(ids.shape)[:, :-1].mean(1)
+
+
+def _surprise(logits: Tensor, targets: Tensor, gradient: Tensor | None) -> Tensor:
+    """Minus the log-likelihood of `targets` (rows,) by logits (rows, vocabulary), (rows,)."""
+    ours, places = logits.float().log_softmax(-1), targets[:, None]
+    losses = -ours.gather(1, places).squeeze(1)
+    if gradient is not None:
+        gradient.copy_(ours.exp_().scatter_add_(1, places, torch.full_like(places, -1, dtype=ours.dtype)))
+    return losses
 
 
 _LOSSES: dict[ObjectiveName, Callable[[Outputs, Outputs | None, Tensor], Tensor]] = {

@@ -11,40 +11,44 @@ ends in the same bytes, unless it is the clock that ends it. On a GPU two runs m
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.devices import forward_dtype, resolve_device
 from lexigram.distillation import NEEDS_TEACHER, Objective, recomputing
 from lexigram.errors import LexigramError
-from lexigram.factors import Factor, TrainableLeaf
+from lexigram.factors import Factor, Leaf, TrainableLeaf, factor_spec
 from lexigram.headers import file_sha256, read_headers, read_metadata, tensor_sha256
 from lexigram.memory import peak_memory_bytes
 from lexigram.recording import other_files, weight_files
 from lexigram.records import HealingRecord, RunRecord, machine, read_run, versions
-from lexigram.runfolder import MANIFEST, opened, run_folder
+from lexigram.runfolder import MANIFEST, check_idle, finished, opened, run_folder
 from lexigram.running import Silent, Stages, check_context
 from lexigram.shards import Entry, file_tensors, write_tensors
 from lexigram.source import Source
 from lexigram.staging import RUN_FILE, check_target, staged
 from lexigram.targets import decoder_layers_name
-from lexigram.training import LENGTH, HealingSettings, Training
+from lexigram.training import LENGTH, STATE, STATE_BYTES, HealingSettings, Training
 from lexigram.transformers_io import open_model, replace_leaves, stored_tensors
 from lexigram.verification import verify
 
 _AT_ONCE = 2048  # tokens that are run at a time
-_STATE_BYTES = 20  # on disk for each stored value: itself, its best, two moments, all float32, and some to spare
+_DECIDES_NOTHING = frozenset({"save_every", "checkpointing", "compute_dtype", "texts"})
+"""Settings that change no byte of the result, or that are told better: the dtype that was taken, the hash of the text."""
 
 
 def heal(
@@ -68,7 +72,7 @@ def heal(
         out: a folder that does not exist, is empty, or (with `overwrite`) holds an earlier result of ours.
         settings: what is trained for, on which text, and for how long.
         against: the model that was compressed, which is imitated; by default the one that the folder's `run.json` names. An
-            objective that imitates none needs none.
+            objective that imitates none takes none.
         device: where both models are put.
         overwrite: replace such a result.
         resume: go on with a training that ended early, if there is one.
@@ -79,70 +83,35 @@ def heal(
 
     Raises:
         LexigramError: for a folder that is damaged, another original, too little text, an unfinished training of other
-            settings, a loss that is not finite, and whatever else the user can mend; `out` is then as it was.
+            settings, a loss that is not finite before anything became better, and whatever else the user can mend; `out` is
+            then as it was.
         KeyboardInterrupt: after Ctrl-C; the step that was being made is finished and kept.
     """
     folder, out, progress = Path(folder).expanduser(), Path(out), progress or Silent()
+    if resume and finished(out) and _is_result(out, folder, settings):
+        return read_run(out)
     check_target(out, overwrite=overwrite)
+    check_idle(out)
     _check_begun(out, resume=resume)
     record = read_run(folder)
-    size = sum((folder / name).stat().st_size for name in record.files if (folder / name).is_file())
-    values = sum(layer.parameters_after for layer in record.layers)
-    check_target(out, overwrite=overwrite, needed_bytes=size + _STATE_BYTES * values)
+    _check_places(folder, out)
+    check_target(out, overwrite=overwrite, needed_bytes=_needed_bytes(folder, record, out))
     place = resolve_device(device) if isinstance(device, str) else device
     dtype = forward_dtype(place, settings.compute_dtype)
-    original = (against or record.model) if settings.objective in NEEDS_TEACHER else None
+    original = _original(record, settings, against)
     _check_folder(folder, original, named=against is not None, device=place, progress=progress)
-    student, tokenizer = open_model(str(folder), device=place, dtype=torch.float32)
-    teacher = None if original is None else open_model(original, device=place, dtype=dtype)[0].requires_grad_(False)
-    length = _length(settings, student)
-    check_context(student, length, "length")
-    train, held = _parts(tokenizer, settings, length)
-    student.requires_grad_(False)
-    replace_leaves(student, TrainableLeaf)
-    layers = decoder_layers_name(Source.resolve(str(folder)).skeleton())  # they are known by their linear layers
-    objective = Objective(settings.objective, student, teacher, layers, dtype, _AT_ONCE)
-    before = {name: tensor_sha256(header) for name, header in read_headers(weight_files(folder)).items()}
-    identity = {
-        "a healing of": hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest(),
-        "the text": train.sha256,
-        "the held-out text": held.sha256,
-        **{key: str(value) for key, value in settings.model_dump(mode="json", exclude={"save_every", "texts"}).items()},
-        "the device": place.type,
-        "a forward pass in": str(dtype).removeprefix("torch."),
-        "threads": str(torch.get_num_threads()),
-        **{f"the version of {name}": version for name, version in versions().items() if name != "python"},
-    }
+    material = _Material.open(folder, original, settings, place, dtype)
+    identity = _identity(folder, settings, material)
     with opened(out, identity, resume=resume) as run:
-        training = Training(settings, objective, train.ids, held.ids, run.folder)
-        with recomputing(student, layers) if settings.checkpointing else nullcontext():
-            stopped = training.run(progress)
+        check_target(out, overwrite=overwrite)  # another run may have ended meanwhile
+        training = Training(settings, material.objective, material.train.ids, material.held.ids, run.folder)
+        with recomputing(material.student, material.layers) if settings.checkpointing else nullcontext():
+            training.run(progress)
         training.take_best()
-        replace_leaves(student, _packed)
+        replace_leaves(material.student, _packed)
         with staged(out, overwrite=overwrite, within=run.folder) as staging, progress.stage("save", 1) as step:
-            _write(folder, record, stored_tensors(student), staging)
-            healing = HealingRecord(
-                lexigram=versions()["lexigram"],
-                command=" ".join(sys.argv),
-                versions=versions(),
-                machine={**machine(place), "compute_dtype": str(dtype).removeprefix("torch.")},
-                original=original,
-                settings=settings.model_dump(mode="json"),
-                steps=training.state.step,
-                best_step=training.state.best.step,
-                stopped=stopped,
-                before=training.state.held_out[0],
-                after=training.state.best,
-                held_out=training.state.held_out,
-                text_source=train.source,
-                text_sha256=train.sha256,
-                text_tokens=train.tokens,
-                held_out_sha256=held.sha256,
-                held_out_tokens=held.tokens,
-                tensors_sha256=identity["a healing of"],
-                seconds=training.state.seconds,
-                peak_memory_bytes=peak_memory_bytes(),
-            )
+            _write(folder, record, stored_tensors(material.student), staging)
+            healing = _healing_record(settings, material, training, original, identity)
             tensors = read_headers(weight_files(staging))
             healed = record.model_copy(
                 update={
@@ -152,8 +121,154 @@ def heal(
                 }
             )
             (staging / RUN_FILE).write_text(healed.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            run.complete(staging / RUN_FILE)
             step()
     return healed
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What a training works on: the model that is trained, with its leaves opened, the original beside it, and the text."""
+
+    objective: Objective
+    train: TokenSequences
+    held: TokenSequences
+    device: torch.device
+
+    @classmethod
+    def open(
+        cls, folder: Path, original: str | None, settings: HealingSettings, device: torch.device, dtype: torch.dtype
+    ) -> "_Material":
+        """Load both models and draw the sequences; `dtype` is that of the forward pass."""
+        student, tokenizer = open_model(str(folder), device=device, dtype=torch.float32)
+        length = _length(settings, student)
+        check_context(student, length, "length")
+        train, held = _parts(tokenizer, settings, length)
+        teacher = None if original is None else open_model(original, device=device, dtype=dtype)[0]
+        if teacher is not None:
+            teacher.requires_grad_(False)
+        student.requires_grad_(False)
+        replace_leaves(student, TrainableLeaf)
+        layers = decoder_layers_name(Source.resolve(str(folder)).skeleton())  # they are known by their linear layers
+        objective = Objective(settings.objective, student, teacher, layers, dtype, _AT_ONCE)
+        return cls(objective, train, held, device)
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model that is trained."""
+        return self.objective.student
+
+    @property
+    def layers(self) -> str:
+        """The name of its list of decoder layers."""
+        return self.objective.layers
+
+    @property
+    def dtype(self) -> str:
+        """Of the forward pass."""
+        return str(self.objective.dtype).removeprefix("torch.")
+
+
+def _identity(folder: Path, settings: HealingSettings, material: _Material) -> dict[str, str]:
+    """All that decides the bytes of a result."""
+    return {
+        "a healing of": _tensors_sha256(folder),
+        "the text": material.train.sha256,
+        "the held-out text": material.held.sha256,
+        **_deciding(settings.model_dump(mode="json")),
+        "the device": material.device.type,
+        "a forward pass in": material.dtype,
+        "threads": str(torch.get_num_threads()),
+        **{f"the version of {name}": version for name, version in versions().items() if name != "python"},
+    }
+
+
+def _healing_record(
+    settings: HealingSettings,
+    material: _Material,
+    training: Training,
+    original: str | None,
+    identity: Mapping[str, str],
+) -> HealingRecord:
+    state = training.state
+    assert state.stopped is not None
+    return HealingRecord(
+        lexigram=versions()["lexigram"],
+        command=" ".join(sys.argv),
+        versions=versions(),
+        machine={**machine(material.device), "compute_dtype": material.dtype},
+        original=original,
+        settings=settings.model_dump(mode="json"),
+        steps=state.step,
+        best_step=state.best.step,
+        stopped=state.stopped,
+        remarks=[*([state.remark] if state.remark else []), "the errors of the layers' fits are those before healing"],
+        before=state.held_out[0],
+        after=state.best,
+        held_out=state.held_out,
+        text_source=material.train.source,
+        text_sha256=material.train.sha256,
+        text_tokens=material.train.tokens,
+        held_out_sha256=material.held.sha256,
+        held_out_tokens=material.held.tokens,
+        tensors_sha256=identity["a healing of"],
+        seconds=state.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _deciding(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those of the settings, as plain data, that decide the bytes of a result and are told by nothing else."""
+    return {key: str(value) for key, value in settings.items() if key not in _DECIDES_NOTHING}
+
+
+def _tensors_sha256(folder: Path) -> str:
+    """Of all tensors in a model folder, by name."""
+    found = {name: tensor_sha256(header) for name, header in read_headers(weight_files(folder)).items()}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _is_result(out: Path, folder: Path, settings: HealingSettings) -> bool:
+    """Whether `out` came of this folder by these settings."""
+    healing, wanted = read_run(out).healing, settings.model_dump(mode="json")
+    if not healing or healing[-1].tensors_sha256 != _tensors_sha256(folder):
+        return False
+    found = healing[-1].settings
+    return _deciding(found) == _deciding(wanted) and found.get("texts") == wanted["texts"]
+
+
+def _needed_bytes(folder: Path, record: RunRecord, out: Path) -> int:
+    """On disk beside what is there already: the result, and the state of the training while it is replaced."""
+    result = sum((folder / name).stat().st_size for name in record.files if (folder / name).is_file())
+    matrices = [*(layer.factors for layer in record.layers), *(shared.factors for shared in record.shared)]
+    leaves = (leaf for matrix in matrices for _, leaf in factor_spec.validate_python(matrix).leaves())
+    trained = sum(_trained(leaf) for leaf in leaves)
+    state = run_folder(out) / STATE
+    return result + STATE_BYTES * trained - (state.stat().st_size if state.is_file() else 0)
+
+
+def _trained(leaf: Leaf) -> int:
+    """How many values and scales a leaf has."""
+    scales = leaf.codec.stored(leaf.count).get("scales")
+    return leaf.count + (math.prod(scales.shape) if scales else 0)
+
+
+def _original(record: RunRecord, settings: HealingSettings, against: str | None) -> str | None:
+    """The model that is imitated, where one is."""
+    if settings.objective in NEEDS_TEACHER:
+        return against or record.model
+    if against is not None:
+        names = " or ".join(NEEDS_TEACHER)
+        raise LexigramError(
+            f"the objective {settings.objective} imitates no model; leave out --against {against}, or take --objective {names}"
+        )
+    return None
+
+
+def _check_places(folder: Path, out: Path) -> None:
+    """Refuse a result inside of the folder that it is made from, which would then hold more than was written there."""
+    if folder.resolve() in out.resolve().parents:
+        raise LexigramError(f"{out} lies in {folder}, which has to stay as it is; name another output folder")
 
 
 def _packed(leaf: Factor) -> Factor:

@@ -32,7 +32,7 @@ from lexigram.running import Silent, Stages, check_context
 from lexigram.source import Source
 from lexigram.staging import RUN_FILE
 from lexigram.targets import Target, decoder_layers, find_targets
-from lexigram.transformers_io import SHARED, FactoredLinear, factored_layers, load, shared_matrices
+from lexigram.transformers_io import SHARED, FactoredLinear, factored_layers, is_compressed, load, shared_matrices
 from lexigram.weights import Weights, weights_sha256
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
@@ -280,7 +280,8 @@ def _check_uncompressed(model: PreTrainedModel, original: Weights) -> Check:
 def _check_errors(errors: Mapping[str, float], tokens: TokenSequences, record: RunRecord) -> Check:
     """The errors are those of the run, where they can be: on the same tokens, by the same definition."""
     mean = sum(errors.values()) / len(errors)
-    said = f"the mean is {mean:.4f}, by the record {record.mean_relative_error:.4f}"
+    when = " before healing" if record.healing else ""
+    said = f"the mean is {mean:.4f}, by the record {record.mean_relative_error:.4f}{when}"
     if tokens.sha256 != record.calibration_sha256:
         reason = "these tokens are not those that the run was calibrated on"
         return Check(name="layer errors", passed=None, message=f"{said}; not held against each other, since {reason}")
@@ -314,6 +315,8 @@ class _Original:
     @classmethod
     def open(cls, name: str, record: RunRecord, device: str | torch.device) -> "_Original":
         source = Source.resolve(name)
+        if is_compressed(source.config()):
+            raise LexigramError(f"{name} is compressed itself; name the original model")
         model, weights = source.opened(device)
         wanted = {layer.name: layer for layer in record.layers}
         try:

@@ -179,6 +179,18 @@ class LexigramQuantizer(HfQuantizer):
         """Stored values are integers; they do not train."""
         return False
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """What `transformers.Trainer` alone asks for, before it refuses such a model in words that lead to adapters.
+
+        Raises:
+            LexigramError: always, with what trains it.
+        """
+        raise LexigramError(
+            "the layers of a compressed model hold packed values, which neither Trainer nor an adapter trains; train them in "
+            "the same bytes with `lexigram heal DIR --text FILE --out OUT`, or write ordinary layers with `lexigram export`"
+        )
+
 
 def is_weights_name(name: Any) -> bool:
     """Whether our weights, or their index, can lie in a file of this name."""
