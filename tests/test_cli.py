@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import lexigram
 from conftest import Command, Said, contents, toy_folder
 from lexigram import cli, recording, staging
-from lexigram.cli import evaluate as evaluating
+from lexigram.evaluation import records as evaluating
 from lexigram.methods import METHODS
 from lexigram.progress import drawing
 
