@@ -51,9 +51,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _point(row: dict[str, Any]) -> Row:
-    keys = ("requested_ratio", "calibration_seed", "bits_per_weight", "token_perplexity")
-    recipe = row["row"].removesuffix(f" int{int(row['bits_per_weight'])}")  # one line for all bits of `quantize`
-    return Row(label=row["row"], recipe=recipe, **{key: row[key] for key in keys})
+    """One line for all bits of `quantize`, which has its own size whatever is asked for."""
+    name = row["row"]
+    recipe, ratio = (name, row["requested_ratio"])
+    if name.startswith("quantize"):
+        recipe, ratio = "quantize", round(row["ratio"], 2)
+    return Row(
+        label=name,
+        recipe=f"cospadi, {recipe}" if recipe.startswith("paper bits") else recipe,
+        requested_ratio=ratio,
+        calibration_seed=row["calibration_seed"],
+        bits_per_weight=row["bits_per_weight"],
+        token_perplexity=row["token_perplexity"],
+    )
 
 
 def _cell(rows: list[dict[str, Any]]) -> str:
