@@ -49,10 +49,9 @@ above, 40 steps of 4 sequences make .0251 of .0227 without it, and .0191 with it
 change: with units of 4 steps, int3 comes to .373 instead of .328.
 """
 
-_WIDTHS = (
-    0.2,
-    0.98,
-)  # least and most of a cell that its floats begin in; from the whole of it some would round to the next
+_WIDTHS = 0.2, 0.98
+"""Least and most of a cell that its floats begin in; from the whole of it some would round to the next."""
+
 _GOLDEN = (5**0.5 - 1) / 2  # the fractions of its multiples lie evenly in any run of them
 _TIE = 1e-3  # of a step: a value in the middle between two is no farther than half a step, up to rounding
 
