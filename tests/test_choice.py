@@ -345,6 +345,24 @@ def test_every_pass_sees_every_sequence_with_weights_drawn_anew(
     assert same_as_before == [*baseline, True, True, True, False, True, False, True, True, True, False, True]
 
 
+def test_a_step_is_taken_from_all_models_that_are_drawn_for_it(
+    case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = case(method={"passes": 1, "batch": 6, "samples": 3}, include=["q_proj"])
+    drawn: list[tuple[list[Tensor], list[float]]] = []
+
+    def spy(policy: Any, masks: Any, losses: Any, **settings: Any) -> None:
+        drawn.append(([sample[0].clone() for sample in masks], list(losses)))
+        assert policy.baseline not in losses  # of the models drawn before, their mean
+        update(policy, masks, losses, **settings)
+
+    monkeypatch.setattr(choice, "update", spy)
+    made.chosen()
+    ((masks, losses),) = drawn
+    assert len(masks) == len(losses) == len(set(losses)) == 3
+    assert not any(torch.equal(one, other) for one, other in pairwise(masks))
+
+
 @pytest.mark.parametrize("passes", [1, 3])
 def test_one_batch_is_a_step_each_pass(passes: int, case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
     made = case(method={"passes": passes, "batch": 6}, include=["q_proj"])
@@ -542,6 +560,10 @@ def test_the_parts_are_decided_by_the_fields_that_name_them(case: Callable[..., 
         "refit": True,
         "damping": 0.5,
         "sparse_weight": 0.5,
+        "mu": "candes",
+        "growth": 1.1,
+        "rise": 1.1,
+        "relaxation": 1.0,
         "iterations": 11,
         "tolerance": 0.5,
         "score": "energy",
@@ -550,6 +572,7 @@ def test_the_parts_are_decided_by_the_fields_that_name_them(case: Callable[..., 
         "per_bit": False,
         "passes": 1,
         "batch": 3,
+        "samples": 2,
         "rate": 0.1,
         "memory": 0.5,
         "eps": 0.1,

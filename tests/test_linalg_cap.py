@@ -19,7 +19,7 @@ from lexigram.linalg.policy_gradient import (
     started,
     update,
 )
-from lexigram.linalg.robust_pca import penalty, robust_pca, shrink_values, soft
+from lexigram.linalg.robust_pca import candes_penalty, penalty, robust_pca, shrink_values, soft
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -90,6 +90,15 @@ def test_float32_and_other_penalties_end_near_the_minimum() -> None:
         assert other.iterations > single.iterations
 
 
+def test_the_published_way_ends_at_the_same_minimum() -> None:
+    """A penalty that stays, that of Candes et al., without relaxation."""
+    matrix = torch.randn(40, 60, generator=generator(2), dtype=torch.float64)
+    own = robust_pca(matrix, iterations=3000, tolerance=1e-10)
+    published = robust_pca(matrix, mu=candes_penalty(matrix), growth=1, relaxation=1, iterations=3000, tolerance=1e-10)
+    assert published.stop == "tolerance"
+    assert (published.low_rank - own.low_rank).norm() <= 1e-5 * matrix.norm()
+
+
 def test_large_values_beside_those_near_the_threshold_cost_no_digits() -> None:
     """Squares of float32 would have none left for values of a ten-thousandth of the largest."""
     values = torch.tensor([1e4, 3.0, 2.0, 1.5, 1.2, 0.8], dtype=torch.float64)
@@ -136,10 +145,14 @@ def test_zero_and_what_does_not_converge() -> None:
 
 def test_penalty_is_of_the_absolute_sum() -> None:
     matrix = torch.randn(7, 9, generator=generator())
+    assert candes_penalty(matrix) == pytest.approx(7 * 9 / (4 * float(matrix.abs().double().sum())))
     assert penalty(matrix) == pytest.approx(7 * 9 / (3 * float(matrix.abs().double().sum())))
 
 
-@pytest.mark.parametrize("wrong", [{"weight": 0.0}, {"mu": -1.0}, {"iterations": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"weight": 0.0}, {"mu": -1.0}, {"growth": 0.9}, {"rise": 0.5}, {"relaxation": 2.0}, {"iterations": 0}],
+)
 def test_robust_pca_refuses(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         robust_pca(torch.ones(3, 4), **wrong)

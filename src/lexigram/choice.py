@@ -129,9 +129,9 @@ def _move(
     generator: torch.Generator,
     progress: Stages,
 ) -> None:
-    """Policy gradient: every batch of sequences sees a model with parts drawn at random, and tells its loss a token.
+    """Policy gradient: every batch of sequences sees models with parts drawn at random, and tells their losses a token.
 
-    A draw that no step is taken from tells the first baseline; otherwise the first step would be none, and a text of one batch
+    Draws that no step is taken from tell the first baseline; otherwise the first step would be none, and a text of one batch
     would be run once for nothing.
     """
     batches = ids.split(config.batch)
@@ -140,24 +140,29 @@ def _move(
     drawings = batches[:1] + batches * config.passes
     with progress.stage("move the probabilities", len(drawings)) as step, torch.no_grad():
         for number, batch in enumerate(drawings):
-            drawn = [sample(policy.probabilities, generator) for policy in policies]
-            masks = iter([mask for each in drawn for mask in each])
-            weights = {
-                target.name: _drawn(_read(parts, target.name), next(masks), next(masks)) for target in plan.targets
-            }
-            loss = loss_a_token(
-                model,
-                batch,
-                plan.compute_dtype,
-                weights,
-                what="a model with parts drawn at random",
-                remedy="lower the ratio, or leave the policy gradient out with --passes 0",
-            )
-            for policy, mask in zip(policies, drawn, strict=True):
+            drawn: list[list[list[Tensor]]] = []
+            losses = []
+            for _ in range(config.samples):
+                drawn.append([sample(policy.probabilities, generator) for policy in policies])
+                masks = iter([mask for each in drawn[-1] for mask in each])
+                weights = {
+                    target.name: _drawn(_read(parts, target.name), next(masks), next(masks)) for target in plan.targets
+                }
+                losses.append(
+                    loss_a_token(
+                        model,
+                        batch,
+                        plan.compute_dtype,
+                        weights,
+                        what="a model with parts drawn at random",
+                        remedy="lower the ratio, or leave the policy gradient out with --passes 0",
+                    )
+                )
+            for policy, *samples in zip(policies, *drawn, strict=True):
                 if number:
-                    update(policy, [mask], [loss], rate=config.rate, memory=config.memory, eps=config.eps)
+                    update(policy, samples, losses, rate=config.rate, memory=config.memory, eps=config.eps)
                 else:
-                    policy.baseline = loss
+                    policy.baseline = sum(losses) / len(losses)
             step()
 
 

@@ -17,7 +17,7 @@ from lexigram.curves import measure_task, measured_unit
 from lexigram.fitting import FitTask, fitted
 from lexigram.gram import Gram
 from lexigram.memory import BATCH_TOKENS
-from lexigram.methods.base import chooses, decompose, passes_over_model
+from lexigram.methods.base import chooses, decompose, trials
 from lexigram.planning import SENSITIVITY_SEQUENCES, Plan
 from lexigram.recipe import KNAPSACK
 from lexigram.targets import Target, decoder_layers
@@ -72,7 +72,7 @@ def estimated_seconds(prepared: Plan) -> dict[str, float]:
         found["allocate"] = allocate * scale + 3 * forward * min(SENSITIVITY_SEQUENCES, sequences)
     elif chooses(prepared.recipe.method):
         found["allocate"] = allocate * scale * prepared.way.workers
-        found["allocate"] += forward * sequences * passes_over_model(prepared.recipe.method)
+        found["allocate"] += forward * sequences * trials(prepared.recipe.method).models
     found["fit"] = a_fit * scale
     return found
 

@@ -32,7 +32,7 @@ from lexigram.gram import Gram
 from lexigram.interruption import deferred
 from lexigram.memory import release
 from lexigram.methods import Fitted
-from lexigram.methods.base import chooses, decomposition_key, passes_over_model
+from lexigram.methods.base import chooses, decomposition_key, trials
 from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
 from lexigram.recording import Ledger, run_record, unit_record
@@ -210,7 +210,7 @@ class _Work:
         """Decompose all weights, choose among their parts, and assemble what was chosen."""
         config = self.prepared.recipe.method
         folder = self._folder(self.prepared.cache, "parts", decomposition_key(config))
-        model = self.prepared.source.model(self.prepared.device) if passes_over_model(config) else self.frame
+        model = self.prepared.source.model(self.prepared.device) if trials(config).models else self.frame
         with self.watch.stage("allocate"):
             chosen = choose_parts(self.prepared, self._weight, store, folder, model, self.tokens.ids, self.progress)
         del model

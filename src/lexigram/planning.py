@@ -22,7 +22,7 @@ from lexigram.errors import LexigramError
 from lexigram.factors import LONGEST, FactorSpec
 from lexigram.folders import CONFIG
 from lexigram.memory import Needs, Way, chosen_way, peak_memory_bytes, resident_bytes
-from lexigram.methods.base import chooses, couples, passes_over_model
+from lexigram.methods.base import chooses, couples, trials
 from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Recipe
 from lexigram.source import Source
 from lexigram.targets import (
@@ -340,8 +340,10 @@ def _needs(
         grams[layer] = grams.get(layer, 0) + 8 * width**2
     widths = [sum(weight_of(module).shape) for module in decoder_layers(skeleton)[0].modules() if is_linear(module)]
     whole = sum(count.values()) * stored.itemsize
-    drawn = recipe.refine > 0 or passes_over_model(recipe.method) > 0
+    drawn = recipe.refine > 0 or trials(recipe.method).models > 0
     tried = samples or drawn
+    # A probability of 4 bytes and a mask of one byte for each of nearly as many candidates as there are weights.
+    candidate = 3 + max(1, trials(recipe.method).at_once)
     return Needs(
         tokens=tokens[0],
         length=tokens[1],
@@ -356,7 +358,7 @@ def _needs(
         weights=max(target.weight_count for target in targets),
         group=max((len(names) for names in groups), default=1) if groups is not None else 2,
         grams=max(grams.values()) * (2 if recipe.sequential else 1),
-        whole=tried * whole + drawn * 4 * sum(target.weight_count for target in targets),
+        whole=tried * whole + drawn * candidate * sum(target.weight_count for target in targets),
         held=0 if source.streams(skeleton) else whole,
         compared=_compared(recipe, sum(target.weight_count for target in targets)),
         sensitivity_sequences=SENSITIVITY_SEQUENCES

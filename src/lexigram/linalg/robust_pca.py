@@ -67,6 +67,9 @@ def robust_pca(
     *,
     weight: float | None = None,
     mu: float | None = None,
+    growth: float = GROWTH,
+    rise: float = RISE,
+    relaxation: float = RELAXATION,
     tolerance: float = TOLERANCE,
     iterations: int = ITERATIONS,
 ) -> RobustPCA:
@@ -77,6 +80,9 @@ def robust_pca(
         weight: ``lambda``, of the absolute sum of the sparse part; by default ``1 / sqrt(max(m, n))``.
         mu: the first penalty of the constraint; by default `penalty` of the matrix. It decides how soon the minimum is
             reached, not where it is.
+        growth: what the penalty is multiplied by after an iteration, from 1.
+        rise: where that ends, in units of the first penalty, from 1.
+        relaxation: see `RELAXATION`; 1 is none.
         tolerance: of `RobustPCA.residual`.
         iterations: at most so many.
 
@@ -89,10 +95,16 @@ def robust_pca(
     for name, value, allowed in (
         ("weight", weight, weight > 0),
         ("mu", mu, mu is None or mu > 0),
+        ("growth", growth, growth >= 1),
+        ("rise", rise, rise >= 1),
+        ("relaxation", relaxation, 1 <= relaxation < 2),
         ("iterations", iterations, iterations >= 1),
     ):
         if not allowed:
-            raise ValueError(f"{name} is out of range: {value}; pass weight and mu above 0, iterations from 1")
+            raise ValueError(
+                f"{name} is out of range: {value}; pass weight and mu above 0, growth, rise and iterations from 1, relaxation "
+                "from 1 to below 2"
+            )
     work = matrix.detach().to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
     # Lying down: the eigenproblem of `shrink_values` is then that of the rows.
     turned = work.shape[0] > work.shape[1]
@@ -104,17 +116,17 @@ def robust_pca(
     stop: Literal["tolerance", "iterations"] = "tolerance" if norm == 0 else "iterations"
     residual, iteration = 0.0, 0
     mu = mu or (penalty(work) if norm else 1.0)
-    most = RISE * mu
+    most = rise * mu
     while stop == "iterations" and iteration < iterations:
         iteration += 1
         scaled = multiplier / mu
         left, values, right = shrink_values(work - sparse + scaled, 1 / mu)
         rest = torch.addmm(work, left * values, right, alpha=-1.0)
-        relaxed = torch.lerp(sparse, rest, RELAXATION)
+        relaxed = torch.lerp(sparse, rest, relaxation)
         sparse = soft(relaxed + scaled, weight / mu)
         multiplier.add_(relaxed.sub_(sparse), alpha=mu)
         residual = float(rest.sub_(sparse).norm()) / norm
-        mu = min(GROWTH * mu, most)
+        mu = min(growth * mu, most)
         if residual <= tolerance:
             stop = "tolerance"
     if turned:
@@ -128,6 +140,11 @@ def penalty(matrix: Tensor) -> float:
     entries, ``lambda / mu``, is their mean. ``4 / sqrt(max(m, n))`` of what Candes et al. take.
     """
     return max(matrix.shape) ** -0.5 / float(matrix.abs().mean(dtype=torch.float64))
+
+
+def candes_penalty(matrix: Tensor) -> float:
+    """``m n / (4 ||W||_1)``, with the sum of the absolute values: what Candes et al. take (section 5), and keep."""
+    return 0.25 / float(matrix.abs().mean(dtype=torch.float64))
 
 
 def soft(values: Tensor, threshold: float) -> Tensor:

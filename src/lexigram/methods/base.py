@@ -277,10 +277,17 @@ def decomposition_key(config: MethodConfig) -> str:
     raise NotImplementedError(f"{type(config).__name__} does not choose after decomposing")
 
 
+class Trials(NamedTuple):
+    """Models that the choice among the parts tries out: how many for every sequence, and how many a step holds the masks of."""
+
+    models: int
+    at_once: int
+
+
 @singledispatch
-def passes_over_model(config: MethodConfig) -> int:
-    """How many times the choice among the parts runs the whole calibration through models that it tries out."""
-    return 0
+def trials(config: MethodConfig) -> Trials:
+    """What a choice by the loss of models costs; none where a method does not try any."""
+    return Trials(0, 0)
 
 
 class BudgetTooSmallError(ValueError):

@@ -25,12 +25,21 @@ from lexigram.gram import Gram
 from lexigram.linalg.budget import Projection
 from lexigram.linalg.policy_gradient import EPS, LEARNING_RATE, MEMORY
 from lexigram.linalg.pruning import refit
-from lexigram.linalg.robust_pca import ITERATIONS, TOLERANCE, robust_pca
+from lexigram.linalg.robust_pca import (
+    GROWTH,
+    ITERATIONS,
+    RELAXATION,
+    RISE,
+    TOLERANCE,
+    candes_penalty,
+    robust_pca,
+)
 from lexigram.linalg.rounding import DAMPING
 from lexigram.methods.base import (
     Candidates,
     FitReport,
     MethodConfig,
+    Trials,
     assemble,
     checked_weight,
     decompose,
@@ -38,8 +47,8 @@ from lexigram.methods.base import (
     direct_report,
     fit,
     metric,
-    passes_over_model,
     scores,
+    trials,
 )
 from lexigram.methods.storing import Damping, Refit, StoredBits, ValueGroup
 from lexigram.methods.sums import sizes, stored_sum
@@ -59,6 +68,13 @@ class CapConfig(MethodConfig):
     sparse_weight: Annotated[float | None, Shown(none="1 / sqrt(the longer side)")] = Field(
         default=None, gt=0, description="Lambda of robust PCA."
     )
+    mu: Literal["mean", "candes"] = Field(
+        default="mean",
+        description="First penalty of robust PCA: cuts entries at their mean, or m n / (4 ||W||_1), Candes et al.",
+    )
+    growth: float = Field(default=GROWTH, ge=1, description="Of the penalty, an iteration; 1 keeps it.")
+    rise: float = Field(default=RISE, ge=1, description="Where growth ends, in units of the first penalty.")
+    relaxation: float = Field(default=RELAXATION, ge=1, lt=2, description="Over-relaxation of robust PCA; 1 is none.")
     iterations: int = Field(default=ITERATIONS, ge=1, description="Of robust PCA, at most.")
     tolerance: float = Field(default=TOLERANCE, gt=0, description="Share of the weight that robust PCA may miss.")
     score: Literal["magnitude", "energy", "wanda"] = Field(
@@ -73,6 +89,7 @@ class CapConfig(MethodConfig):
         default=3, ge=0, description="Of the policy gradient over the calibration text; 0 leaves it out."
     )
     batch: int = Field(default=16, ge=1, description="Sequences a step of the policy gradient.")
+    samples: int = Field(default=1, ge=1, description="Models drawn for a step of the policy gradient.")
     rate: float = Field(default=LEARNING_RATE, gt=0, description="Of the policy gradient.")
     memory: float = Field(default=MEMORY, ge=0, lt=1, description="Of the moving average of the loss.")
     eps: float = Field(default=EPS, gt=0, description="Added to s (1 - s) in the policy gradient.")
@@ -87,16 +104,16 @@ class CapConfig(MethodConfig):
         return 2 if self.score == "energy" else 1
 
 
-DECOMPOSING = "sparse_weight", "iterations", "tolerance"
+DECOMPOSING = "sparse_weight", "mu", "growth", "rise", "relaxation", "iterations", "tolerance"
 """The fields that `decompose` reads: parts of configs that agree in them are the same."""
 
 _VERSION = 1
 """Of what `decompose` makes of a weight and these fields, and of the names of its tensors: a number for each."""
 
 
-@passes_over_model.register
-def _(config: CapConfig) -> int:
-    return config.passes
+@trials.register
+def _(config: CapConfig) -> Trials:
+    return Trials(config.passes * config.samples, config.samples)
 
 
 @decomposition_key.register
@@ -107,9 +124,14 @@ def _(config: CapConfig) -> str:
 @decompose.register
 def _(config: CapConfig, weight: Tensor, gram: Gram) -> Candidates:
     """The paper's stage 1 knows no activations: `gram` is not used."""
+    weight = checked_weight(weight)
     parts = robust_pca(
-        checked_weight(weight),
+        weight,
         weight=config.sparse_weight,
+        mu=candes_penalty(weight) if config.mu == "candes" and bool(weight.any()) else None,
+        growth=config.growth,
+        rise=config.rise,
+        relaxation=config.relaxation,
         tolerance=config.tolerance,
         iterations=config.iterations,
     )

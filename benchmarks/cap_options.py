@@ -1,0 +1,124 @@
+"""What each option of `cap` does: its other values against the defaults, one at a time, on a model of 260 thousand weights.
+
+The first nine tenths of TinyStories calibrate, the last is what the perplexity is taken on. Recorded, of each calibration
+seed and as means: perplexity, the layers' mean relative error, and how robust PCA ended.
+
+    python benchmarks/cap_options.py
+    python benchmarks/cap_options.py --only "published penalty" "4 samples" --seeds 0
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from recording import DATA, write
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lexigram
+from lexigram import Calibration, CapConfig, Recipe
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "published penalty": {"mu": "candes", "growth": 1, "relaxation": 1},
+    "published penalty, growing": {"mu": "candes"},
+    "fixed penalty": {"growth": 1},
+    "fast growth": {"growth": 1.1, "rise": 1e6},
+    "no relaxation": {"relaxation": 1},
+    "tolerance 1e-2": {"tolerance": 1e-2},
+    "tolerance 1e-3": {"tolerance": 1e-3},
+    "tolerance 1e-5": {"tolerance": 1e-5},
+    "lambda .05": {"sparse_weight": 0.05},
+    "lambda .2": {"sparse_weight": 0.2},
+    "score magnitude": {"score": "magnitude"},
+    "score energy": {"score": "energy"},
+    "first uniform": {"first": "uniform"},
+    "first random": {"first": "random"},
+    "first largest": {"first": "largest"},
+    "levelled together": {"together": True, "per_bit": False},
+    "not per bit": {"per_bit": False},
+    "no passes": {"passes": 0},
+    "1 pass": {"passes": 1},
+    "10 passes": {"passes": 10},
+    "batch 4": {"batch": 4},
+    "batch 64": {"batch": 64},
+    "4 samples": {"samples": 4},
+    "16 samples": {"samples": 16},
+    "rate .005": {"rate": 0.005},
+    "rate .2": {"rate": 0.2},
+    "memory 0": {"memory": 0.0},
+    "memory .95": {"memory": 0.95},
+    "eps .1": {"eps": 0.1},
+    "eps 1e-8": {"eps": 1e-8},
+    "euclidean": {"projection": "euclidean"},
+    "refit": {"refit": True},
+}
+"""Fields of `CapConfig` that are not as they are by default."""
+
+CONTEXT = 512
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    text = (DATA / "tinystories" / "tinystories.txt").read_text(encoding="utf-8")
+    cut = len(text) * 9 // 10
+    model = DATA / "stories260K"
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        (work / "text.txt").write_text(text[:cut], encoding="utf-8")
+        dense = perplexity(model, text[cut:])
+        print("dense", round(dense, 3), flush=True)
+        for ratio in options.ratios:
+            for name in options.only:
+                runs = [run(work, model, name, ratio, seed, text[cut:]) for seed in options.seeds]
+                means = {key: statistics.fmean(each[key] for each in runs) for key in runs[0]}
+                # Of perplexities the geometric one, as their logarithms are what differs alike.
+                means["perplexity"] = math.exp(statistics.fmean(math.log(each["perplexity"]) for each in runs))
+                rows.append({"row": name, "fields": VARIANTS[name], "ratio": ratio, "mean": means, "runs": runs})
+                print(ratio, name, {key: float(f"{value:.4g}") for key, value in means.items()}, flush=True)
+    print(write("cap-options", {"dense": dense, "seeds": options.seeds, "rows": rows}))
+
+
+def run(work: Path, model: Path, name: str, ratio: float, seed: int, held_out: str) -> dict[str, float]:
+    """Figures of one compression."""
+    out = work / f"{len(list(work.iterdir()))}"
+    recipe = Recipe(
+        model=str(model),
+        method=CapConfig(**VARIANTS[name]),
+        ratio=ratio,
+        calibration=Calibration(text=(str(work / "text.txt"),), sequences=64, length=CONTEXT, seed=seed),
+        seed=seed,
+        device="cpu",
+        compute_dtype="float32",
+    )
+    start = time.perf_counter()
+    record = lexigram.compress(recipe, out)
+    return {
+        "perplexity": perplexity(out, held_out),
+        "mean_relative_error": record.mean_relative_error,
+        "robust_pca_iterations": statistics.fmean(each.fit.details["robust_pca_iterations"] for each in record.layers),
+        "robust_pca_converged": statistics.fmean(each.fit.status == "converged" for each in record.layers),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def perplexity(folder: Path, text: str) -> float:
+    """Of a model, on a text."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lexigram.evaluate(model.eval(), tokenizer, text, context=CONTEXT).token_perplexity
+
+
+if __name__ == "__main__":
+    main()
