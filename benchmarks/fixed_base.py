@@ -40,7 +40,7 @@ def main() -> None:
             spec = layout(config, tuple(weight.shape), budget)
             found = {}
             for name, base in bases(weight.shape[1]).items():
-                turned = Gram(base @ gram.matrix @ base.T, gram.count)
+                turned = Gram(base @ gram.matrix @ base.T, gram.tokens)
                 report = fit(config, weight @ base.T.float(), turned, spec, torch.Generator().manual_seed(0))[1]
                 found[name] = {"relative_error": report.relative_error, "seconds": report.seconds}
             rows.append({"kind": kind, "ratio": ratio, "bases": found})
