@@ -235,7 +235,7 @@ def another(field: FieldInfo) -> Any:
     candidates = [
         *choices(field),
         *words,
-        *([7, 2] if kind is int else [0.75, 0.5, 2.5] if kind is float else ["else"]),
+        *([7, 2] if kind is int else [0.75, 0.5, 2.5, 1.25] if kind is float else ["else"]),
     ]
     return next(
         value for value in candidates if value != field.default and (isinstance(value, str) or within(field, value))

@@ -10,7 +10,8 @@ from typer.core import TyperCommand
 
 from lexigram.cli.arguments import Count, DryRun, DtypeName, MaxRam, Model
 from lexigram.cli.options import Option
-from lexigram.cli.recipes import OPTIONS, declared, merged
+from lexigram.cli.parameters import declared
+from lexigram.cli.recipes import OPTIONS, merged
 from lexigram.cli.screen import console, errors, say
 from lexigram.comparison.order import Comparison, run_comparison
 from lexigram.comparison.planning import ComparisonPlan, ComparisonSettings, Job, plan_comparison

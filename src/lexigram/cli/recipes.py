@@ -11,7 +11,8 @@ import typer
 from typer.models import OptionInfo
 
 from lexigram.cli.arguments import Model
-from lexigram.cli.options import PANELS, SOLVERS, Option, listed, options
+from lexigram.cli.options import PANELS, SOLVERS, listed, options
+from lexigram.cli.parameters import parameter
 from lexigram.errors import LexigramError
 from lexigram.methods import METHODS, PRESETS
 from lexigram.recipe import OptionOf, Recipe, merge, method_name
@@ -61,7 +62,7 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     """
     own = list(inspect.signature(command, eval_str=True).parameters.values())
     place = [parameter.name for parameter in own].index("recipe")
-    parameters = [*own[:place], *_fixed(), *map(_parameter, OPTIONS, OPTIONS.values()), *own[place + 1 :]]
+    parameters = [*own[:place], *_fixed(), *map(parameter, OPTIONS, OPTIONS.values()), *own[place + 1 :]]
 
     @wraps(command)
     def run(*, model: str, recipe: Path | None, method: Enum | None, preset: Enum | None, **given: Any) -> None:
@@ -79,19 +80,6 @@ def _fixed() -> Iterator[inspect.Parameter]:
     yield inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, annotation=Model)
     for name, annotation in (("recipe", RecipeFile), ("method", Method), ("preset", Preset)):
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def declared(option: Option, **changes: Any) -> Any:
-    """What typer is told of an option, for the annotation of a parameter that is None where the option is not given."""
-    spellings = filter(None, (option.written, option.shown.short))
-    told = {"metavar": option.metavar, "help": option.help, "rich_help_panel": option.panel}
-    return typer.Option(*spellings, **{**told, **changes})
-
-
-def _parameter(name: str, option: Option) -> inspect.Parameter:
-    """An option that is None where it is not given, so that a recipe file keeps its say."""
-    kind: Any = Annotated[option.type | None, declared(option)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
 def _rank(parameter: inspect.Parameter) -> int:
