@@ -4,11 +4,11 @@ import json
 import math
 import os
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lexigram.errors import LexigramError
+from lexigram.staging import replacing
 
 _MOST_BYTES = 2**28  # of a file to read: it takes some ten times as much memory
 
@@ -39,14 +39,11 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         LexigramError: where the file cannot be written.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        with replacing(file) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise LexigramError(
             f"{file} cannot be written: {error.strerror or error}; free some space, or name another file"
         ) from error

@@ -5,13 +5,13 @@ Matplotlib is optional (`pip install 'lexigram[plot]'`) and imported only where 
 
 from __future__ import annotations
 
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lexigram.errors import LexigramError
 from lexigram.jsonfiles import check_writable
+from lexigram.staging import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,13 +59,9 @@ def save(drawing: Figure, file: Path) -> None:
     import matplotlib
 
     form = file.suffix.lower()
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        with matplotlib.rc_context({"svg.hashsalt": "lexigram"}):  # without it the names inside of an SVG are random
+        # Without the salt the names inside of an SVG are random.
+        with replacing(file) as partial, matplotlib.rc_context({"svg.hashsalt": "lexigram"}):
             drawing.savefig(partial, format=form.removeprefix("."), dpi=_DOTS, metadata=_DATELESS[form])
-        partial.replace(file)
     except OSError as error:
         raise LexigramError(f"{file} cannot be written: {error.strerror or error}; free some space") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()

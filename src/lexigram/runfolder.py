@@ -21,7 +21,7 @@ from lexigram.errors import LexigramError
 from lexigram.headers import file_sha256, read_metadata
 from lexigram.records import UnitRecord
 from lexigram.shards import Entry, FileTensor, file_tensors, write_tensors
-from lexigram.staging import REPLACED, RUN_FILE
+from lexigram.staging import REPLACED, RUN_FILE, flush, replacing
 
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
@@ -76,10 +76,8 @@ class RunFolder:
 
     def keep_tokens(self, tokens: TokenSequences) -> None:
         """Keep what was sampled from the model, which takes long."""
-        partial = self.folder / f"{_TOKENS}.partial"
-        with writing(self.folder):
-            write_tensors(partial, {"ids": _entry(tokens.ids)}, {"source": tokens.source})
-            partial.replace(self.folder / _TOKENS)
+        with writing(self.folder), replacing(self.folder / _TOKENS) as file:
+            write_tensors(file, {"ids": _entry(tokens.ids)}, {"source": tokens.source})
 
     def temporary(self, name: str) -> Path:
         """A folder for what is of no use to another run."""
@@ -110,7 +108,7 @@ class RunFolder:
         with writing(self.folder):
             entries = {name: _entry(tensor) for name, tensor in tensors.items()}
             write_tensors(partial, entries, {"record": record.model_dump_json()})
-            _flush(partial)
+            flush(partial)
             digest = file_sha256(partial)
             partial.replace(self._file(digest))
         self._replace(self._manifest.model_copy(update={"units": {**self._manifest.units, key(unit): digest}}))
@@ -275,11 +273,8 @@ def _restore(folder: Path, out: Path) -> None:
 
 def _write(folder: Path, manifest: Manifest) -> None:
     """In the place of an earlier one, as a whole."""
-    with writing(folder):
-        partial = folder / f"{MANIFEST}.partial"
-        partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        _flush(partial)
-        partial.replace(folder / MANIFEST)
+    with writing(folder), replacing(folder / MANIFEST, lasting=True) as file:
+        file.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def _entry(tensor: Tensor) -> Entry:
@@ -292,9 +287,3 @@ def _hash(file: Path) -> str | None:
         return file_sha256(file)
     except LexigramError:
         return None
-
-
-def _flush(file: Path) -> None:
-    """What was written is to outlive a power cut."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())

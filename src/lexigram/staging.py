@@ -1,11 +1,11 @@
-"""Folders that appear whole or not at all: written under another name beside the target, then renamed."""
+"""Folders and files that appear whole or not at all: written under another name beside the target, then renamed."""
 
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -80,7 +80,9 @@ def _staged(out: Path, *, overwrite: bool, within: Path | None) -> Iterator[Path
     try:
         yield staging
         _usual_modes(staging)
-        _flush(staging)
+        for file in staging.rglob("*"):
+            if file.is_file():
+                flush(file)
         if out.is_dir() and any(out.iterdir()):
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}{REPLACED}", dir=place))
             os.replace(out, old / out.name)
@@ -94,6 +96,31 @@ def _staged(out: Path, *, overwrite: bool, within: Path | None) -> Iterator[Path
             os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def replacing(file: Path, *, lasting: bool = False) -> Iterator[Path]:
+    """A name beside `file` to write to, which becomes `file` when the context ends well, and is removed when it does not.
+
+    Args:
+        file: what it becomes, in place of what stands there.
+        lasting: it is to outlive a power cut.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if lasting:
+            flush(partial)
+        partial.replace(file)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def flush(file: Path) -> None:
+    """What was written is to outlive a power cut."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def _foreign_files(folder: Path) -> list[str]:
@@ -113,14 +140,6 @@ def _usual_modes(folder: Path) -> None:
     folder.chmod(0o777 & ~mask)
     for file in folder.rglob("*"):
         file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
-
-
-def _flush(folder: Path) -> None:
-    """What was written is to outlive a power cut."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
 
 
 def _existing_parent(path: Path) -> Path:

@@ -4,7 +4,6 @@ What the tensors mean, and when the folder is complete, is the business of those
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lexigram.errors import LexigramError
 from lexigram.shards import raw
+from lexigram.staging import replacing
 
 _HASH = "sha256"
 
@@ -42,12 +42,9 @@ class TensorFiles:
         Raises:
             LexigramError: where the folder cannot be written.
         """
-        file = self._file(name)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
         stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        with self.writing():
-            save_file(stored, partial, metadata={**(metadata or {}), _HASH: _sha256(stored)})
-            partial.replace(file)
+        with self.writing(), replacing(self._file(name)) as file:
+            save_file(stored, file, metadata={**(metadata or {}), _HASH: _sha256(stored)})
 
     def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors and the metadata of an entry.

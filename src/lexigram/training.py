@@ -6,7 +6,6 @@ What the parameters are, and what becomes of them, is the business of those who 
 import hashlib
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from lexigram.runfolder import writing
 from lexigram.running import Stages, counted
 from lexigram.shards import Entry, file_tensors, raw, write_tensors
 from lexigram.shown import MACHINE, Shown
+from lexigram.staging import replacing
 
 STEPS = 200
 """Where neither steps nor minutes are told."""
@@ -313,12 +313,8 @@ class Training:
         """In the place of an earlier state, as a whole."""
         tensors = self._tensors()
         metadata = {"state": self.state.model_dump_json(), "sha256": _sha256(tensors)}
-        partial_file = self.folder / f"{STATE}.partial"
-        with writing(self.folder):
-            write_tensors(partial_file, {name: _entry(tensor) for name, tensor in tensors.items()}, metadata)
-            with partial_file.open("rb") as file:
-                os.fsync(file.fileno())
-            partial_file.replace(self.folder / STATE)
+        with writing(self.folder), replacing(self.folder / STATE, lasting=True) as file:
+            write_tensors(file, {name: _entry(tensor) for name, tensor in tensors.items()}, metadata)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The state as tensors by name: the parameters and what the optimiser keeps of each, where the training goes on; and
