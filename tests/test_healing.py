@@ -625,9 +625,9 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def test_the_forms_are_what_they_are_called(toy: Path, words: Path, tmp_path: Path) -> None:
     record = made(toy, words, tmp_path / "small", **FORMS["index list"])
-    assert {layer.factors["index"] for layer in record.layers} == {"list"}
+    assert {layer.factors.index for layer in record.layers} == {"list"}
     record = made(toy, words, tmp_path / "other", **FORMS["double-sparse"])
-    assert {layer.factors[side]["form"] for layer in record.layers for side in ("left", "right")} == {"sparse"}
+    assert {getattr(layer.factors, side).form for layer in record.layers for side in ("left", "right")} == {"sparse"}
 
 
 def made(toy: Path, words: Path, out: Path, **settings: Any) -> RunRecord:

@@ -340,7 +340,7 @@ def layer(record: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda r: layer(r).update(factors={"form": "tucker"}), "its factors are no form"),
+        (lambda r: layer(r).update(factors={"form": "tucker"}), r"layers\.0\.factors: .*tucker"),
         (lambda r: layer(r).update(factors=[]), "factors"),
         (lambda r: layer(r).update(shape=[1, 2]), r"its factors are .* the layer is 1 x 2"),
         (lambda r: layer(r).update(kind="[/bold]"), r"layers\.0\.kind"),

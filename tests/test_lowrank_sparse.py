@@ -379,7 +379,7 @@ def test_ranks_are_chosen_for_the_weight_that_has_them(words: Path, tmp_path: Pa
     for share in (None, 0.0):
         recipe = Recipe.parse({**settings, "method": {**method, "rank_share": share}, "calibration": calibration})
         record = lexigram.compress(recipe, tmp_path / f"out-{share}")
-        forms = {layer.name: layer.factors["form"] for layer in record.layers}
+        forms = {layer.name: layer.factors.form for layer in record.layers}
         assert forms[planted.removesuffix(".weight")] == "sum" or share == 0.0
         assert share is None or "sum" not in forms.values()
 

@@ -24,6 +24,7 @@ from lexigram.factors import (
     SharedSpec,
     SparseSpec,
     SumSpec,
+    factor_spec,
 )
 from lexigram.records import LayerRecord
 from lexigram.reporting import tables
@@ -181,13 +182,13 @@ def test_sizes(count: float, said: str) -> None:
     ],
 )
 def test_forms_in_the_fields_own_words(spec: FactorSpec, said: str) -> None:
-    assert tables.form(spec.model_dump()) == said
+    assert tables.form(spec) == said
 
 
 def test_forms_of_records_from_before_there_were_blocks() -> None:
     spec = SparseSpec(rows=4, cols=9, nonzeros=10).model_dump()
     del spec["index"], spec["block"]
-    assert tables.form(spec) == "sparse 4x9, 2.5 a row"
+    assert tables.form(factor_spec.validate_python(spec)) == "sparse 4x9, 2.5 a row"
 
 
 def test_the_bytes_table_shows_every_kind_largest_first_and_the_sums() -> None:

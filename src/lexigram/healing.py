@@ -31,7 +31,7 @@ from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.devices import forward_dtype, resolve_device
 from lexigram.distillation import NEEDS_TEACHER, Objective, recomputing
 from lexigram.errors import LexigramError
-from lexigram.factors import Factor, Leaf, TrainableLeaf, factor_spec
+from lexigram.factors import Factor, Leaf, TrainableLeaf
 from lexigram.headers import file_sha256, read_headers, read_metadata, tensor_sha256
 from lexigram.memory import peak_memory_bytes
 from lexigram.recording import other_files, weight_files
@@ -241,7 +241,7 @@ def _needed_bytes(folder: Path, record: RunRecord, out: Path) -> int:
     """On disk beside what is there already: the result, and the state of the training while it is replaced."""
     result = sum((folder / name).stat().st_size for name in record.files if (folder / name).is_file())
     matrices = [*(layer.factors for layer in record.layers), *(shared.factors for shared in record.shared)]
-    leaves = (leaf for matrix in matrices for _, leaf in factor_spec.validate_python(matrix).leaves())
+    leaves = (leaf for matrix in matrices for _, leaf in matrix.leaves())
     trained = sum(_trained(leaf) for leaf in leaves)
     state = run_folder(out) / STATE
     return result + STATE_BYTES * trained - (state.stat().st_size if state.is_file() else 0)

@@ -26,7 +26,7 @@ from lexigram.calibration.tokens import TokenSequences
 from lexigram.choice import choose_parts
 from lexigram.curves import decide
 from lexigram.errors import LexigramError
-from lexigram.factors import Factor, FactorSpec, empty, factor_spec
+from lexigram.factors import Factor, FactorSpec, empty
 from lexigram.fitting import AssembleTask, FitTask, Task, fitted
 from lexigram.gram import Gram
 from lexigram.interruption import deferred
@@ -319,13 +319,10 @@ class _Work:
         """What stands for a unit's layers, by name, with factors that are on disk."""
         stored, record = self.kept.get(unit)
         tensors = {name: tensor.read().to(self.prepared.device) for name, tensor in stored.items()}
-        shared = {
-            each.name: loaded(factor_spec.validate_python(each.factors), tensors, f"{SHARED}.{each.name}.")
-            for each in record.shared
-        }
+        shared = {each.name: loaded(each.factors, tensors, f"{SHARED}.{each.name}.") for each in record.shared}
         found = {}
         for layer in record.layers:
-            factors = loaded(factor_spec.validate_python(layer.factors), tensors, f"{layer.name}.factors.", shared)
+            factors = loaded(layer.factors, tensors, f"{layer.name}.factors.", shared)
             bias = self.frame.get_submodule(layer.name).bias
             found[layer.name] = FactoredLinear(factors, bias, transposed=self.targets[layer.name].transposed)
         return found

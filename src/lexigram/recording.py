@@ -4,16 +4,15 @@ The record's form is `records`'; here it is filled, and held against what the fi
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lexigram.allocation.units import Allocation
 from lexigram.calibration.tokens import TokenSequences
-from lexigram.factors import FactorSpec, factor_spec
+from lexigram.factors import FactorSpec
 from lexigram.headers import file_sha256, read_headers, tensor_sha256
 from lexigram.memory import peak_memory_bytes
 from lexigram.methods import Fitted
@@ -43,35 +42,31 @@ class Ledger:
 
     def enter(self, unit: UnitRecord) -> None:
         """The layers of one unit."""
-        self.layers.update({layer.name: layer.model_copy(update=_form(layer)) for layer in unit.layers})
-        self.shared.extend(shared.model_copy(update=_form(shared)) for shared in unit.shared)
+        self.layers.update({layer.name: layer for layer in unit.layers})
+        self.shared.extend(unit.shared)
 
     def specs(self, targets: Sequence[Target]) -> tuple[dict[str, LayerSpec], dict[str, FactorSpec]]:
         """Every layer as data, and the form of every shared matrix, by name."""
         layers = {
             target.name: LayerSpec(
-                factors=factor_spec.validate_python(self.layers[target.name].factors),
+                factors=self.layers[target.name].factors,
                 bias=target.bias,
                 transposed=target.transposed,
             )
             for target in targets
         }
-        return layers, {shared.name: factor_spec.validate_python(shared.factors) for shared in self.shared}
+        return layers, {shared.name: shared.factors for shared in self.shared}
 
     @property
     def bytes(self) -> int:
         """Of all layers, what they share counted once."""
         return sum(layer.bytes_after for layer in self.layers.values()) + sum(shared.bytes for shared in self.shared)
 
-    def matrices(self) -> dict[str, dict[str, Any]]:
-        """Every expression's spec by the name that its tensors begin with."""
-        own = {f"{name}.factors": layer.factors for name, layer in self.layers.items()}
-        return own | {f"{SHARED}.{shared.name}": shared.factors for shared in self.shared}
 
-
-def _form(record: LayerRecord | SharedRecord) -> dict[str, Any]:
-    """The form of a record that may come from a file, where JSON knows no tuples."""
-    return {"factors": factor_spec.validate_python(record.factors).model_dump()}
+def matrices(layers: Iterable[LayerRecord], shared: Iterable[SharedRecord]) -> dict[str, FactorSpec]:
+    """Every expression's spec by the name that its tensors begin with."""
+    own = {f"{layer.name}.factors": layer.factors for layer in layers}
+    return own | {f"{SHARED}.{each.name}": each.factors for each in shared}
 
 
 def unit_record(targets: Sequence[Target], fitted: Fitted) -> UnitRecord:
@@ -83,7 +78,7 @@ def unit_record(targets: Sequence[Target], fitted: Fitted) -> UnitRecord:
             layer=target.layer,
             shape=target.shape,
             site=target.site,
-            factors=factors.spec.model_dump(),
+            factors=factors.spec,
             bytes_before=target.dense_bytes,
             bytes_after=factors.spec.bytes,
             parameters_after=factors.spec.parameters,
@@ -95,9 +90,7 @@ def unit_record(targets: Sequence[Target], fitted: Fitted) -> UnitRecord:
         return UnitRecord(layers=layers)
     name, spec = next(fitted.members[0][0].spec.references()).name, fitted.shared.spec
     members = [target.name for target in targets]
-    return UnitRecord(
-        layers=layers, shared=[SharedRecord(name=name, members=members, factors=spec.model_dump(), bytes=spec.bytes)]
-    )
+    return UnitRecord(layers=layers, shared=[SharedRecord(name=name, members=members, factors=spec, bytes=spec.bytes)])
 
 
 def run_record(
@@ -119,7 +112,7 @@ def run_record(
     layers = [ledger.layers[target.name] for target in prepared.targets]
     before, after = prepared.bytes_before, ledger.bytes
     weights = sum(target.weight_count for target in prepared.targets)
-    by_kind = bytes_by_kind(stored_bytes(folder), ledger.matrices())
+    by_kind = bytes_by_kind(stored_bytes(folder), matrices(ledger.layers.values(), ledger.shared))
     uncompressed = by_kind.get(UNCOMPRESSED, 0)
     if sum(by_kind.values()) - uncompressed != after:
         raise AssertionError("the files do not weigh what the ledger says; please report this")
@@ -176,12 +169,12 @@ def stored_bytes(folder: Path) -> dict[str, int]:
     return {name: header.bytes for name, header in read_headers(weight_files(folder)).items()}
 
 
-def bytes_by_kind(sizes: Mapping[str, int], matrices: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+def bytes_by_kind(sizes: Mapping[str, int], forms: Mapping[str, FactorSpec]) -> dict[str, int]:
     """Bytes by the kind of leaf and the part of it that a tensor is."""
     promised = {
         ".".join(filter(None, (name, path, part))): f"{leaf.form} {part}"
-        for name, factors in matrices.items()
-        for path, leaf in factor_spec.validate_python(factors).leaves()
+        for name, factors in forms.items()
+        for path, leaf in factors.leaves()
         for part in leaf.stored()
     }
     by_kind: dict[str, int] = {}

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lexigram.errors import LexigramError
-from lexigram.factors import FactorSpec, SharedSpec, factor_spec
+from lexigram.factors import FactorSpec, SharedSpec
 from lexigram.folders import check_plain, printable
 from lexigram.jsonfiles import read_json
 from lexigram.memory import peak_memory_bytes
@@ -47,7 +47,7 @@ class LayerRecord(_Part):
     layer: Annotated[int, Field(ge=0, lt=2**16)] | None
     shape: tuple[int, int]
     site: Name
-    factors: dict[str, Any]
+    factors: FactorSpec
     bytes_before: Bytes
     bytes_after: Bytes
     parameters_after: Bytes
@@ -55,10 +55,9 @@ class LayerRecord(_Part):
 
     @model_validator(mode="after")
     def _is_a_form(self) -> "LayerRecord":
-        spec = _form(self.factors)
-        if self.shape != (spec.rows, spec.cols):
+        if self.shape != (self.factors.rows, self.factors.cols):
             raise ValueError(
-                f"its factors are {spec.rows} x {spec.cols}, the layer is {self.shape[0]} x {self.shape[1]}"
+                f"its factors are {self.factors.rows} x {self.factors.cols}, the layer is {self.shape[0]} x {self.shape[1]}"
             )
         if not 0 <= self.fit.relative_error < math.inf:
             raise ValueError(f"its relative error is {self.fit.relative_error}")
@@ -70,12 +69,12 @@ class SharedRecord(_Part):
 
     name: Name
     members: Annotated[list[str], Field(min_length=1)]
-    factors: dict[str, Any]
+    factors: FactorSpec
     bytes: Bytes
 
     @model_validator(mode="after")
     def _is_a_form(self) -> "SharedRecord":
-        if isinstance(_form(self.factors), SharedSpec):
+        if isinstance(self.factors, SharedSpec):
             raise ValueError("it is no matrix, but a reference to one")
         return self
 
@@ -188,11 +187,11 @@ class RunRecord(_Part):
         names = [layer.name for layer in self.layers]
         if len(set(names)) < len(names):
             raise ValueError("a layer stands twice in it")
-        shared = {each.name: _form(each.factors) for each in self.shared}
+        shared = {each.name: each.factors for each in self.shared}
         if any(member not in names for each in self.shared for member in each.members):
             raise ValueError("a shared matrix belongs to a layer that is not in it")
         for layer in self.layers:
-            for reference in _form(layer.factors).references():
+            for reference in layer.factors.references():
                 found = shared.get(reference.name)
                 if found is None or (found.rows, found.cols) != (reference.rows, reference.cols):
                     raise ValueError(f"{layer.name} shares {reference.name}, which is not in it as it should be")
@@ -253,13 +252,6 @@ def read_run(folder: Path) -> RunRecord:
     if not record.layers:
         raise LexigramError(f"{file} tells of no layer; compress the model again")
     return record
-
-
-def _form(factors: dict[str, Any]) -> FactorSpec:
-    try:
-        return factor_spec.validate_python(factors)
-    except ValidationError as error:
-        raise ValueError(f"its factors are no form: {error.errors()[0]['msg']}") from None
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ from lexigram.errors import LexigramError
 from lexigram.folders import printable
 from lexigram.headers import Header, file_sha256, read_headers, tensor_sha256
 from lexigram.recipe import Calibration, explain
-from lexigram.recording import UNCOMPRESSED, bytes_by_kind, other_files, weight_files
+from lexigram.recording import UNCOMPRESSED, bytes_by_kind, matrices, other_files, weight_files
 from lexigram.records import RunRecord, read_run
 from lexigram.running import Silent, Stages, check_context
 from lexigram.source import Source
@@ -229,9 +229,7 @@ def _check_sizes(headers: Mapping[str, Header], record: RunRecord) -> Check:
     wrong += [
         f"{what} {there:,} bytes, by the record {said:,}" for what, (there, said) in totals.items() if there != said
     ]
-    forms = {f"{layer.name}.factors": layer.factors for layer in record.layers}
-    forms |= {f"{SHARED}.{shared.name}": shared.factors for shared in record.shared}
-    if not wrong and bytes_by_kind(sizes, forms) != record.bytes_by_kind:
+    if not wrong and bytes_by_kind(sizes, matrices(record.layers, record.shared)) != record.bytes_by_kind:
         wrong.append("the bytes by kind are not those of the record")
     return _judged(
         "sizes", wrong, f"{len(expected)} layers and shared matrices weigh what the record says, to the byte"
@@ -257,7 +255,7 @@ def _check_forms(model: PreTrainedModel, record: RunRecord) -> Check:
         for name in sorted(specs.keys() ^ recorded.keys()):
             wrong.append(f"the {what} {name} stands in only one of config.json and the record")
         for name in specs.keys() & recorded.keys():
-            if type(specs[name]).model_validate(recorded[name]) != specs[name]:
+            if recorded[name] != specs[name]:
                 wrong.append(f"{name} has another form in config.json than in the record")
     done = f"{len(record.layers)} layers; headers and indices fit their forms, all values are finite"
     return _judged("loading", wrong, done)

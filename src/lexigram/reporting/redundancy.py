@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lexigram.factors import DenseSpec, FactorSpec, ProductSpec, SharedSpec, SparseSpec, SumSpec, factor_spec
+from lexigram.factors import DenseSpec, FactorSpec, ProductSpec, SharedSpec, SparseSpec, SumSpec
 from lexigram.records import LayerRecord, RunRecord
 
 BITS = "stored bits a weight"
@@ -73,11 +73,11 @@ def layer_figures(record: RunRecord) -> list[LayerFigures]:
     codec, scales and indices aside; an entry is one of a sparse or dense matrix that is no factor of a product.
     """
     weights = {layer.name: layer.shape[0] * layer.shape[1] for layer in record.layers}
-    shared = {each.name: factor_spec.validate_python(each.factors) for each in record.shared}
+    shared = {each.name: each.factors for each in record.shared}
     sharing = {each.name: sum(weights[member] for member in each.members) for each in record.shared}
     found = []
     for kind, layer in zip(names_within(record.layers), record.layers, strict=True):
-        spec, own = factor_spec.validate_python(layer.factors), weights[layer.name]
+        spec, own = layer.factors, weights[layer.name]
         borrowed = sum(shared[ref.name].bytes * own / sharing[ref.name] for ref in spec.references())
         figures = {
             BITS: 8 * (spec.bytes + borrowed) / own,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lexigram.comparison import table as comparison
 from lexigram.comparison.planning import ComparisonPlan, Job
-from lexigram.factors import DenseSpec, FactorSpec, Leaf, ProductSpec, SharedSpec, SparseSpec, SumSpec, factor_spec
+from lexigram.factors import DenseSpec, FactorSpec, Leaf, ProductSpec, SharedSpec, SparseSpec, SumSpec
 from lexigram.planning import Plan
 from lexigram.records import LayerRecord, RunRecord
 from lexigram.reporting import redundancy
@@ -40,7 +40,7 @@ def plan_table(plan: Plan) -> Table:
     groups: dict[tuple[str, tuple[int, int], str], list[Target]] = defaultdict(list)
     specs = plan.specs
     for target in plan.targets:
-        said = form(specs[target.name].model_dump()) if specs else "by the Grams"
+        said = form(specs[target.name]) if specs else "by the Grams"
         groups[target.kind, target.shape, said].append(target)
     for (kind, shape, said), members in groups.items():
         before = sum(target.dense_bytes for target in members)
@@ -253,16 +253,12 @@ def comparison_table(table: comparison.Table) -> Table:
     return drawn
 
 
-def form(spec: dict[str, Any]) -> str:
+def form(spec: FactorSpec) -> str:
     """A factor expression in one line, in the field's words: `k 306 s 155` (CoSpaDi), `rank 230` (low rank)."""
-    return _said(factor_spec.validate_python(spec))
-
-
-def _said(spec: FactorSpec) -> str:
     shape = f"{spec.rows}x{spec.cols}"
     match spec:
         case SumSpec():
-            return f"{_said(spec.left)} + {_said(spec.right)}"
+            return f"{form(spec.left)} + {form(spec.right)}"
         case ProductSpec(left=DenseSpec() as left, right=DenseSpec() | SharedSpec() as right):
             beside = " shared" if isinstance(right, SharedSpec) else ""
             return f"rank {left.cols}{_bits(left)}{beside}"
@@ -270,7 +266,7 @@ def _said(spec: FactorSpec) -> str:
             beside = " shared" if isinstance(right, SharedSpec) else _bits(right).replace(" ", " x ")
             return f"k {left.cols} s {left.nonzeros / left.rows:g}{_blocks(left)}{_bits(left)}{beside}"
         case ProductSpec():
-            return f"({_said(spec.left)}) ({_said(spec.right)})"
+            return f"({form(spec.left)}) ({form(spec.right)})"
         case SparseSpec():
             return f"sparse {shape}, {_kept(spec)}{_bits(spec)}"
         case DenseSpec():
