@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quality import CALIBRATION, ROWS, WIKITEXT, evaluate, folder, lexigram, row
+from quality import CALIBRATION, ROWS, WIKITEXT, compressed, evaluate, lexigram
 from recording import DATA, write
 
 TEXTS = {"wikitext": WIKITEXT, "tinystories": DATA / "tinystories" / "tinystories.txt"}
@@ -36,8 +36,7 @@ def main() -> None:
         rows = []
         for ratio in options.ratios:
             for name in options.rows:
-                before = row(work, name, ratio, 0, options.windows, dense["wikitext"], calibration)
-                out = folder(work, name, ratio, 0)
+                out, before = compressed(work, name, ratio, 0, calibration)
                 rows.append({**before, **healed(out, options.heal.split(), options.texts, options.windows)})
                 print(json.dumps({key: value for key, value in rows[-1].items() if key != "commands"}), flush=True)
     print(write(options.name, {"dense": dense, "rows": rows}))

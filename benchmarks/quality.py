@@ -117,6 +117,22 @@ def row(
     work: Path, name: str, ratio: float, seed: int, windows: int, dense: dict[str, Any], calibration: list[str]
 ) -> dict[str, Any]:
     """Compress and evaluate once."""
+    out, figures = compressed(work, name, ratio, seed, calibration)
+    export = ["export", str(out), "--dense", str(work / "dense" / out.name)]
+    if not (work / f"{out.name}.json").exists() and not Path(export[-1]).exists():
+        lexigram(export)
+    found = evaluate(export[-1], work / f"{out.name}.json", windows, [])
+    shutil.rmtree(export[-1], ignore_errors=True)
+    return {
+        **figures,
+        **{key: found[key] for key in ("token_perplexity", "word_perplexity", "standard_error", "tokens")},
+        "log_perplexity_above_dense": math.log(found["token_perplexity"] / dense["token_perplexity"]),
+        "commands": [*figures["commands"], " ".join(["lexigram", *export]), found["command"]],
+    }
+
+
+def compressed(work: Path, name: str, ratio: float, seed: int, calibration: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Where the model of a row lies, and what its run tells; compressed unless it lies there already."""
     out = folder(work, name, ratio, seed)
     arguments = [
         "compress",
@@ -133,21 +149,14 @@ def row(
     if not out.exists():
         lexigram(arguments)
     run = json.loads((out / "run.json").read_text())
-    export = ["export", str(out), "--dense", str(work / "dense" / out.name)]
-    if not (work / f"{out.name}.json").exists() and not Path(export[-1]).exists():
-        lexigram(export)
-    figures = evaluate(export[-1], work / f"{out.name}.json", windows, [])
-    shutil.rmtree(export[-1], ignore_errors=True)
-    return {
+    return out, {
         "row": name,
         "requested_ratio": ratio,
         "calibration_seed": seed,
         **{key: run[key] for key in ("ratio", "bits_per_weight", "bytes_before", "bytes_after", "seconds")},
         "model_bytes_after": run["model_bytes_after"],
         **{key: run[key] for key in ("peak_memory_bytes", "mean_relative_error", "calibration_sha256", "stages")},
-        **{key: figures[key] for key in ("token_perplexity", "word_perplexity", "standard_error", "tokens")},
-        "log_perplexity_above_dense": math.log(figures["token_perplexity"] / dense["token_perplexity"]),
-        "commands": [*(" ".join(["lexigram", *each]) for each in (arguments, export)), figures["command"]],
+        "commands": [" ".join(["lexigram", *arguments])],
     }
 
 
