@@ -1,6 +1,8 @@
 """`lexigram plan` and the estimate of time: what is said before any work, and that nothing is done."""
 
+import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +80,24 @@ def test_every_stage_that_takes_long_is_estimated(
 def test_an_estimate_is_what_is_measured_times_what_there_is(
     sequential: bool, toy: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is measured takes a second: all 8 sequences through a layer, and a fit of one of the smallest matrices."""
+    """Whatever is measured takes a second: all 8 sequences through a layer, and a fit of one of the smaller shapes."""
     monkeypatch.setattr(estimation, "_timed", lambda function: (1.0, function()))
+    monkeypatch.setattr(estimation, "_SECONDS", 1.5)
     prepared = plan(recipe(toy, words, sequential=sequential), workers=1)
-    sizes = [target.weight_count for target in prepared.targets]
     found = estimated_seconds(prepared)
     assert found["calibrate"] == pytest.approx(2 * (1 + sequential))  # layers
-    assert found["fit"] == pytest.approx(sum(sizes) / min(sizes) * (max(sizes) / min(sizes)) ** 0.1)
+    counts = sorted(Counter(target.shape for target in prepared.targets).items(), key=lambda item: math.prod(item[0]))
+    measured, others = counts[:2], counts[2:]
+    assert others
+    last = math.prod(measured[-1][0])
+    wanted = sum(count for _, count in measured) + sum(count * (math.prod(s) / last) ** 1.1 for s, count in others)
+    assert found["fit"] == pytest.approx(wanted)
+
+
+def test_shapes_that_are_measured_are_counted_with_their_own_time(
+    toy: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimation, "_timed", lambda function: (1.0, function()))
+    monkeypatch.setattr(estimation, "_SECONDS", 1e9)
+    prepared = plan(recipe(toy, words), workers=1)
+    assert estimated_seconds(prepared)["fit"] == len(prepared.targets)

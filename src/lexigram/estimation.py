@@ -1,10 +1,11 @@
-"""How long a run will take, from a short measurement: one batch through one decoder layer, and a fit of its smallest matrices.
+"""How long a run will take, from a short measurement: one batch through one decoder layer, and fits of some of its matrices.
 
 Rough by nature: how long a fit takes depends on more than the number of weights, and other programs share the machine.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,13 @@ from lexigram.weights import Weights
 from lexigram.workers import Workers
 
 _GROWTH = 1.1
-"""Seconds of a fit grow with the number of its weights to this power, a little more than in proportion."""
+"""Seconds of a fit grow with the number of its weights to this power, a little more than in proportion. Of shapes that are
+measured this is not needed: a query projection (576, 576) takes cospadi three times as long a weight as a key projection (192,
+576), and twice as long as a down projection (576, 1536).
+"""
+
+_SECONDS = 3.0
+"""How long fits are measured, from the smallest shape to the largest; where the time is up, the last tells of the others."""
 
 T = TypeVar("T")
 
@@ -37,8 +44,8 @@ def estimated_seconds(prepared: Plan) -> dict[str, float]:
         LexigramError: for weights that cannot be read.
     """
     frame, weights = prepared.source.opened(prepared.device)
-    members = _smallest(prepared)
-    if not members:
+    alike = _alike(prepared)
+    if not alike or not _inside(alike[0][0]):
         return {}
     layers = list(decoder_layers(frame))
     ids = _some_tokens(prepared, frame.config.get_text_config().vocab_size)
@@ -52,7 +59,7 @@ def estimated_seconds(prepared: Plan) -> dict[str, float]:
     )
     grams: dict[str, Gram] = {}
     a_layer = 0.0
-    for index in range(max(target.layer or 0 for target in members) + 1):
+    for index in range(1 + int(max(_last_layer(first) for first, *_ in alike if _inside(first)))):
         sites = dict.fromkeys(target.site for target in prepared.targets if target.layer == index)
         with collecting({site: frame.get_submodule(site) for site in sites}) as sums:
             a_layer, _ = _timed(lambda index=index: runner.run(index))  # type: ignore[misc]
@@ -62,19 +69,33 @@ def estimated_seconds(prepared: Plan) -> dict[str, float]:
     found = {"calibrate": forward * sequences}
     sequential = prepared.recipe.sequential
     found["calibrate"] *= 2 if sequential else 1
-    share = sum(target.weight_count for target in members)
-    scale = sum(target.weight_count for target in prepared.targets) / share / prepared.way.workers
-    scale *= (max(target.weight_count for target in prepared.targets) / max(t.weight_count for t in members)) ** (
-        _GROWTH - 1
-    )
-    a_fit, allocate = _fits(prepared, members, weights, [grams[target.site] for target in members])
+    fit, allocate = _all_fits(prepared, alike, weights, grams)
     if prepared.recipe.allocation == KNAPSACK:
-        found["allocate"] = allocate * scale + 3 * forward * min(SENSITIVITY_SEQUENCES, sequences)
+        found["allocate"] = allocate / prepared.way.workers + 3 * forward * min(SENSITIVITY_SEQUENCES, sequences)
     elif chooses(prepared.recipe.method):
-        found["allocate"] = allocate * scale * prepared.way.workers
-        found["allocate"] += forward * sequences * trials(prepared.recipe.method).models
-    found["fit"] = a_fit * scale
+        found["allocate"] = allocate + forward * sequences * trials(prepared.recipe.method).models
+    found["fit"] = fit / prepared.way.workers
     return found
+
+
+def _all_fits(
+    prepared: Plan, alike: Sequence[Sequence[list[Target]]], weights: Weights, grams: Mapping[str, Gram]
+) -> tuple[float, float]:
+    """Seconds of all fits one after the other, and of what is measured before an allocation is decided."""
+    fit = allocate = spent = 0.0
+    a_fit = an_offer = size = 0.0
+    for members, *others in alike:
+        count, own = 1 + len(others), sum(target.weight_count for target in members)
+        if spent < _SECONDS and _inside(members):
+            sites = [grams[target.site] for target in members]
+            if not spent:  # whatever is done for the first time only, in this process
+                _fits(prepared, members, weights, sites)
+            a_fit, an_offer = _fits(prepared, members, weights, sites)
+            spent, size = spent + a_fit + an_offer, own
+        growth = (own / size) ** _GROWTH
+        fit += count * growth * a_fit
+        allocate += count * growth * an_offer
+    return fit, allocate
 
 
 def _fits(prepared: Plan, members: list[Target], weights: Weights, grams: list[Gram]) -> tuple[float, float]:
@@ -97,13 +118,29 @@ def _fits(prepared: Plan, members: list[Target], weights: Weights, grams: list[G
         return a_fit, _timed(lambda: list(here.run(measured_unit, [measured])))[0]
 
 
-def _smallest(prepared: Plan) -> list[Target]:
-    """The group with the fewest weights inside of the decoder layers, the first of several."""
+def _alike(prepared: Plan) -> list[list[list[Target]]]:
+    """The groups of matrices that are fitted together, those of the same shapes together and the lowest of them first.
+
+    The smallest shapes come first, and last those that are only outside of the decoder layers, where nothing is measured.
+    """
     targets = {target.name: target for target in prepared.targets}
     names: Sequence[tuple[str, ...]] = prepared.groups or [(name,) for name in targets]
-    inside = [[targets[name] for name in group] for group in names]
-    inside = [group for group in inside if all(target.layer is not None for target in group)]
-    return min(inside, key=lambda group: sum(target.weight_count for target in group), default=[])
+    found: dict[tuple[tuple[int, int], ...], list[list[Target]]] = {}
+    for group in sorted(([targets[name] for name in group] for group in names), key=_last_layer):
+        found.setdefault(tuple(target.shape for target in group), []).append(group)
+    return sorted(
+        found.values(),
+        key=lambda groups: (not _inside(groups[0]), sum(target.weight_count for target in groups[0])),
+    )
+
+
+def _inside(group: Sequence[Target]) -> bool:
+    """Whether all of a group lies in decoder layers."""
+    return all(target.layer is not None for target in group)
+
+
+def _last_layer(group: Sequence[Target]) -> float:
+    return max(math.inf if target.layer is None else target.layer for target in group)
 
 
 def _some_tokens(prepared: Plan, vocabulary: int) -> torch.Tensor:
