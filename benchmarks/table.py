@@ -1,6 +1,9 @@
-"""Results of `quality.py` as one Markdown table: rows down, ratios across, a perplexity for each calibration seed.
+"""Results of `quality.py` or `healing.py` as one Markdown table: rows down, ratios across, perplexities.
+
+One for each calibration seed; of healed models, before and after.
 
 python benchmarks/table.py results/quality-variants-*.json
+python benchmarks/table.py results/healing-*.json --text tinystories
 python benchmarks/table.py results/quality-*.json --rows wanda oats cospadi --plot results/quality.svg
 """
 
@@ -21,6 +24,7 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="perplexity against stored bits a weight, as a picture"
     )
+    parser.add_argument("--text", default="wikitext", help="that healed models were evaluated on")
     options = parser.parse_args()
     runs = [json.loads(file.read_text()) for file in options.files]
     measured = {
@@ -29,13 +33,13 @@ def main() -> None:
     rows = list(measured.values())  # what was measured twice stands once
     if options.rows:
         rows = [row for name in options.rows for row in rows if row["row"] == name]
-    print(table(rows))
+    print(table([row for row in rows if options.text in row.get("perplexity", [options.text])], options.text))
     if options.plot:
         dense = Row(label=DENSE, recipe=DENSE, token_perplexity=runs[0]["dense"]["token_perplexity"])
         plot.draw([dense, *map(_point, rows)], "SmolLM2-135M-Instruct, WikiText-2 test", [options.plot])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], text: str) -> str:
     """Markdown; a row that has its own size whatever is asked for stands once, with its bits a weight."""
     ratios = sorted({row["requested_ratio"] for row in rows})
     heads = [f"{ratio:g} ({16 * (1 - ratio):.4g} bits a weight)" for ratio in ratios]
@@ -44,9 +48,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = [row for row in rows if row["row"] == name]
         if name.startswith(("quantize", "nearest")):
             first = {row["calibration_seed"]: row for row in mine}
-            lines.append([f"{name}, {mine[0]['bits_per_weight']:.2f} bits a weight: {_cell(list(first.values()))}"])
+            lines.append(
+                [f"{name}, {mine[0]['bits_per_weight']:.2f} bits a weight: {_cell(list(first.values()), text)}"]
+            )
             continue
-        lines.append([name, *(_cell([row for row in mine if row["requested_ratio"] == ratio]) for ratio in ratios)])
+        columns = ([row for row in mine if row["requested_ratio"] == ratio] for ratio in ratios)
+        lines.append([name, *(_cell(column, text) for column in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -66,9 +73,10 @@ def _point(row: dict[str, Any]) -> Row:
     )
 
 
-def _cell(rows: list[dict[str, Any]]) -> str:
+def _cell(rows: list[dict[str, Any]], text: str) -> str:
     found = sorted(rows, key=lambda row: row["calibration_seed"])
-    return " / ".join(f"{row['token_perplexity']:.3g}" for row in found)
+    figures = ([row["token_perplexity"]] if "token_perplexity" in row else row["perplexity"][text] for row in found)
+    return " / ".join(" -> ".join(f"{figure:.3g}" for figure in each) for each in figures)
 
 
 if __name__ == "__main__":
