@@ -75,7 +75,7 @@ def _point(row: dict[str, Any]) -> Row:
 
 def _cell(rows: list[dict[str, Any]], text: str) -> str:
     found = sorted(rows, key=lambda row: row["calibration_seed"])
-    figures = ([row["token_perplexity"]] if "token_perplexity" in row else row["perplexity"][text] for row in found)
+    figures = (row["perplexity"][text] if "perplexity" in row else [row["token_perplexity"]] for row in found)
     return " / ".join(" -> ".join(f"{figure:.3g}" for figure in each) for each in figures)
 
 
