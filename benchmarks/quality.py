@@ -59,6 +59,7 @@ ROWS: dict[str, list[str]] = {
     "structured, refit": ["--method", "structured", "--refit"],
     "oats": ["--method", "oats"],
     "double-sparse": ["--method", "double-sparse"],
+    "double-sparse, 6 sizes": ["--method", "double-sparse", "--tightening", "6"],
     "cap": ["--method", "cap"],
     "cap, refit": ["--method", "cap", "--refit"],
     "cap, no policy": ["--method", "cap", "--passes", "0"],
