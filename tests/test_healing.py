@@ -749,6 +749,7 @@ def test_early_stop_keeps_the_best(small: Path, words: Path, tmp_path: Path) -> 
     assert (healing.stopped, healing.best_step, healing.steps) == ("patience", 0, 2)
     assert (small / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
     assert healing.after == healing.before == healing.held_out[0]
+    assert re.search("all values are as they were; a --rate below 1 may", healing.remarks[0])
     other = healed(small, tmp_path / "other", quick(words, measure_every=1)).healing[0]
     assert other.after.objective == min(look.objective for look in other.held_out)
 

@@ -202,7 +202,7 @@ def _healing_record(
         steps=state.step,
         best_step=state.best.step,
         stopped=state.stopped,
-        remarks=[*([state.remark] if state.remark else []), "the errors of the layers' fits are those before healing"],
+        remarks=_remarks(training, settings),
         before=state.held_out[0],
         after=state.best,
         held_out=state.held_out,
@@ -215,6 +215,17 @@ def _healing_record(
         seconds=state.seconds,
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def _remarks(training: Training, settings: HealingSettings) -> list[str]:
+    """What one should know of the result."""
+    state = training.state
+    none = (
+        f"no state had a smaller loss on held-out text than the first, so all values are as they were; a --rate below "
+        f"{settings.rate:g} may find one, if there is one"
+    )
+    told = [state.remark or "", none if state.best.step == 0 else ""]
+    return [*filter(None, told), "the errors of the layers' fits are those before healing"]
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, str]:
