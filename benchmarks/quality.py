@@ -60,6 +60,7 @@ ROWS: dict[str, list[str]] = {
     "oats": ["--method", "oats"],
     "double-sparse": ["--method", "double-sparse"],
     "double-sparse, 6 sizes": ["--method", "double-sparse", "--tightening", "6"],
+    "double-sparse, quick": ["--method", "double-sparse", "--tightening", "2", "--iterations", "3"],
     "cap": ["--method", "cap"],
     "cap, refit": ["--method", "cap", "--refit"],
     "cap, no policy": ["--method", "cap", "--passes", "0"],
