@@ -3,7 +3,8 @@
 ``W ~ C D`` with ``C (out, k)`` and ``D (k, in)`` is found by proximal alternating linearised minimisation of
 ``||X W^T - X (C D)^T||^2 + R(C) + R(D)`` (`lexigram.linalg.palm`), for ratios at which no more than a bit or two is left of a
 weight. It begins as low rank does; as most of what two dense factors of a greater rank hold can be dropped, more ranks fit into
-the same bytes. Of layers of a real model, 40 to 50 % kept on both sides lose least, from .9 to .99 removed.
+the same bytes. Of layers of a real model, 40 to 50 % kept on both sides lose least, from .9 to .99 removed. Atoms that are
+sparse over a fixed fast transform of the inputs instead are no better anywhere (`benchmarks/fixed_base.py`).
 """
 
 import time
