@@ -155,9 +155,7 @@ class TestEveryMethod:
         assert set(record.files) == {file.name for file in out.iterdir()}
         used = Allocation.read(out / "allocation.json")
         assert used.bytes == record.bytes_after
-        assert {name: spec.model_dump() for name, spec in used.specs.items()} == {
-            layer.name: layer.factors for layer in record.layers
-        }
+        assert used.specs == {layer.name: layer.factors for layer in record.layers}
         names = {method} if settled(method) else {variant.name for variant in variants(METHODS[method](name=method))}
         assert method in names
         assert {unit.method.name for unit in used.units} <= names
@@ -246,9 +244,7 @@ class TestEveryMethod:
                 assert 0.98 * prepared.bytes_after < record.bytes_after <= prepared.bytes_after
                 continue
             assert prepared.bytes_after == record.bytes_after
-            assert {name: spec.model_dump() for name, spec in prepared.specs.items()} == {
-                layer.name: layer.factors for layer in record.layers
-            }
+            assert prepared.specs == {layer.name: layer.factors for layer in record.layers}
             assert prepared.allocation is not None
             assert prepared.allocation.bytes == prepared.bytes_after
 
@@ -425,7 +421,7 @@ def test_the_papers_accounting_end_to_end(run: Callable[..., Run], text: str) ->
 def test_fourteen_bits_weigh_less_a_value(run: Callable[..., Run]) -> None:
     for stored, slack in ((14, 0.05), (16, 0)):  # 14-bit values fill up their last byte
         _, record = run("cospadi", options={**PAPER, "value_bits": stored})
-        values = sum(layer.factors["left"]["nonzeros"] for layer in record.layers)
+        values = sum(layer.factors.left.nonzeros for layer in record.layers)
         assert stored <= 8 * record.bytes_by_kind["sparse values"] / values <= stored + slack
         assert record.ratio >= 0.3
 
@@ -435,13 +431,13 @@ def test_integers_weigh_what_they_say_and_each_group_a_scale_and_a_zero(
     bits: int, slack: float, run: Callable[..., Run]
 ) -> None:
     _, record = run("cospadi", options={**INT8, "value_bits": bits}, ratio=0.5)
-    counts = [layer.factors["left"]["nonzeros"] for layer in record.layers]
+    counts = [layer.factors.left.nonzeros for layer in record.layers]
     values, groups = sum(counts), sum(-(-count // 128) for count in counts)
     kinds = record.bytes_by_kind
     assert bits <= 8 * kinds["sparse values"] / values <= bits + slack
     assert kinds["sparse scales"] == 2 * groups
     assert bits * groups <= 8 * kinds["sparse zeros"] < bits * groups + 8 * len(counts)
-    entries = [layer.factors["right"]["rows"] * layer.factors["right"]["cols"] for layer in record.layers]
+    entries = [layer.factors.right.rows * layer.factors.right.cols for layer in record.layers]
     assert kinds["dense values"] == sum(entries)
     assert kinds["dense scales"] == 2 * kinds["dense zeros"]
     assert set(kinds) == {
