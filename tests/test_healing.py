@@ -636,6 +636,13 @@ def made(toy: Path, words: Path, out: Path, **settings: Any) -> RunRecord:
     return lexigram.compress(Recipe.parse({**content, **settings}), out)
 
 
+def loss_of_stored(folder: Path, words: Path, dtype: torch.dtype) -> float:
+    """The next-token loss of what is stored, on the text that is held out."""
+    student = lexigram.load(folder, dtype=torch.float32)
+    held = torch.cat(list(held_ids(words)))
+    return Objective("tokens", student, None, "model.layers", dtype, 64).measured(held).tokens
+
+
 def quick(words: Path, **changes: Any) -> HealingSettings:
     content = {"sequences": 12, "held_out": 4, "length": 32, "batch": 4, "steps": 6, "warmup": 2, "measure_every": 3}
     return HealingSettings.parse(
@@ -770,10 +777,8 @@ def test_a_forward_pass_in_bfloat16(objective: str, small: Path, words: Path, tm
     assert healing.machine["compute_dtype"] == "bfloat16"
     assert healing.after.objective < healing.before.objective
     assert lexigram.verify(tmp_path / "out").passed
-    student = lexigram.load(tmp_path / "out", dtype=torch.float32)
-    held = torch.cat(list(held_ids(words)))
-    packed = Objective("tokens", student, None, "model.layers", torch.bfloat16, 64).measured(held)
-    assert packed.tokens == pytest.approx(healing.after.tokens, rel=1e-2)
+    packed = loss_of_stored(tmp_path / "out", words, torch.bfloat16)
+    assert packed == pytest.approx(healing.after.tokens, rel=1e-2)
 
 
 @pytest.mark.slow
@@ -1169,10 +1174,8 @@ def test_what_was_better_before_a_loss_that_is_not_finite_is_the_result(
     assert re.match(rf"{place} is nan after \d steps; these are the values after 2; .*lower --rate", healing.remarks[0])
     assert healing.after.objective < healing.before.objective
     assert lexigram.verify(tmp_path / "out").passed
-    student = lexigram.load(tmp_path / "out", dtype=torch.float32)
-    held = torch.cat(list(held_ids(words)))
-    packed = Objective("tokens", student, None, "model.layers", torch.float32, 64).measured(held)
-    assert packed.tokens == pytest.approx(healing.after.tokens, rel=1e-4)
+    packed = loss_of_stored(tmp_path / "out", words, torch.float32)
+    assert packed == pytest.approx(healing.after.tokens, rel=1e-4)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(small: Path, words: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def declared(option: Option, **changes: Any) -> Any:
 
 
 def parameter(name: str, option: Option) -> inspect.Parameter:
-    """An option that is None where it is not given, so that a recipe file keeps its say."""
+    """An option that is None where it is not given, so that a recipe file or the field's own default keeps its say."""
     kind: Any = Annotated[option.type | None, declared(option)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
