@@ -1,5 +1,7 @@
 """What each option of `cap` does: its other values against the defaults, one at a time, on a model of 260 thousand weights.
 
+Lengths of the calibration's sequences are compared at the same number of tokens, of which a step sees as many.
+
 The first nine tenths of TinyStories calibrate, the last is what the perplexity is taken on. Recorded, of each calibration
 seed and as means: perplexity, the layers' mean relative error, and how robust PCA ended.
 
@@ -9,6 +11,7 @@ seed and as means: perplexity, the layers' mean relative error, and how robust P
 
 import argparse
 import math
+import re
 import statistics
 import tempfile
 import time
@@ -47,6 +50,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch 4": {"batch": 4},
     "batch 64": {"batch": 64},
     "4 samples": {"samples": 4},
+    "kl": {"objective": "kl"},
+    "kl, 4 samples": {"objective": "kl", "samples": 4},
+    "kl, eps .1": {"objective": "kl", "eps": 0.1},
+    "kl, 10 passes": {"objective": "kl", "passes": 10},
     "rate .005": {"rate": 0.005},
     "rate .2": {"rate": 0.2},
     "memory 0": {"memory": 0.0},
@@ -55,10 +62,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eps 1e-8": {"eps": 1e-8},
     "euclidean": {"projection": "euclidean"},
     "refit": {"refit": True},
+    "sequences of 256": {"batch": 32},
+    "sequences of 128": {"batch": 64},
+    "sequences of 64": {"batch": 128},
+    "sequences of 256, no passes": {"passes": 0},
+    "sequences of 128, no passes": {"passes": 0},
+    "sequences of 64, no passes": {"passes": 0},
 }
-"""Fields of `CapConfig` that are not as they are by default."""
+"""Fields of `CapConfig` that are not as they are by default; the name may say how long sequences are."""
 
 CONTEXT = 512
+TOKENS = 64 * CONTEXT
+"""Of the calibration."""
 
 
 def main() -> None:
@@ -84,7 +99,8 @@ def main() -> None:
                 means = {key: statistics.fmean(each[key] for each in runs) for key in runs[0]}
                 # Of perplexities the geometric one, as their logarithms are what differs alike.
                 means["perplexity"] = math.exp(statistics.fmean(math.log(each["perplexity"]) for each in runs))
-                rows.append({"row": name, "fields": VARIANTS[name], "ratio": ratio, "mean": means, "runs": runs})
+                fields = {"fields": VARIANTS[name], "length": length_of(name)}
+                rows.append({"row": name, **fields, "ratio": ratio, "mean": means, "runs": runs})
                 print(ratio, name, {key: float(f"{value:.4g}") for key, value in means.items()}, flush=True)
     print(write("cap-options", {"dense": dense, "seeds": options.seeds, "rows": rows}))
 
@@ -92,11 +108,12 @@ def main() -> None:
 def run(work: Path, model: Path, name: str, ratio: float, seed: int, held_out: str) -> dict[str, float]:
     """Figures of one compression."""
     out = work / f"{len(list(work.iterdir()))}"
+    length = length_of(name)
     recipe = Recipe(
         model=str(model),
         method=CapConfig(**VARIANTS[name]),
         ratio=ratio,
-        calibration=Calibration(text=(str(work / "text.txt"),), sequences=64, length=CONTEXT, seed=seed),
+        calibration=Calibration(text=(str(work / "text.txt"),), sequences=TOKENS // length, length=length, seed=seed),
         seed=seed,
         device="cpu",
         compute_dtype="float32",
@@ -110,6 +127,12 @@ def run(work: Path, model: Path, name: str, ratio: float, seed: int, held_out: s
         "robust_pca_converged": statistics.fmean(each.fit.status == "converged" for each in record.layers),
         "seconds": time.perf_counter() - start,
     }
+
+
+def length_of(name: str) -> int:
+    """Tokens of a sequence in a variant."""
+    found = re.match(r"sequences of (\d+)", name)
+    return int(found[1]) if found else CONTEXT
 
 
 def perplexity(folder: Path, text: str) -> float:

@@ -22,7 +22,7 @@ import lexigram
 from conftest import TOYS, build_toy, toy_folder, words_tokenizer
 from lexigram import LexigramError, Plan, Recipe, choice
 from lexigram.allocation.units import Allocation
-from lexigram.calibration.loss import summed_loss
+from lexigram.calibration.loss import summed_divergence, summed_loss
 from lexigram.calibration.store import GramStore
 from lexigram.choice import Chosen, choose_parts
 from lexigram.factors import ProductSpec, SparseSpec, SumSpec
@@ -320,17 +320,18 @@ def test_the_policy_moves_the_choice_and_a_seed_repeats_it(case: Callable[..., C
     assert all(torch.equal(parameter, before[name]) for name, parameter in made.model.named_parameters())
 
 
+@pytest.mark.parametrize(("objective", "real"), [("tokens", summed_loss), ("kl", summed_divergence)])
 def test_every_pass_sees_every_sequence_with_weights_drawn_anew(
-    case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+    objective: str, real: Callable[..., Tensor], case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = case(method={"passes": 2, "batch": 4}, include=["q_proj"])
+    made = case(method={"passes": 2, "batch": 4, "objective": objective}, include=["q_proj"])
     seen: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def spy(model: Any, tokens: Tensor, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> Tensor:
         seen.append((tokens, dict(weights)))
-        return summed_loss(model, tokens, dtype, weights)
+        return real(model, tokens, dtype, weights)
 
-    monkeypatch.setattr("lexigram.calibration.loss.summed_loss", spy)
+    monkeypatch.setattr(f"lexigram.calibration.loss.{real.__name__}", spy)
     made.chosen()
     assert made.plan.tokens is not None
     ids = made.plan.tokens.ids
@@ -571,6 +572,7 @@ def test_the_parts_are_decided_by_the_fields_that_name_them(case: Callable[..., 
         "together": True,
         "per_bit": False,
         "passes": 1,
+        "objective": "kl",
         "batch": 3,
         "samples": 2,
         "rate": 0.1,
@@ -636,7 +638,13 @@ def test_weights_in_place_of_the_models_own_are_used_and_leave_no_trace(name: st
             own = weight_of(changed.get_submodule(target.name))
             own.copy_(weight)
             wanted = float(changed(input_ids=ids, labels=ids).loss) * 2 * 19
+            ours, theirs = (
+                torch.distributions.Categorical(logits=each(ids).logits[:, :-1]) for each in (changed, model)
+            )
+            apart = float(torch.distributions.kl_divergence(theirs, ours).sum())
+            divergence = float(summed_divergence(model, ids, torch.float32, {target.name: weight}))
         assert found == pytest.approx(wanted, rel=1e-5)
+        assert divergence == pytest.approx(apart, rel=1e-4)
 
 
 # --- tensors on disk ---------------------------------------------------------------------------------------------

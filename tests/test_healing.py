@@ -416,7 +416,7 @@ IDS = torch.randint(3, 199, (5, 24), generator=torch.Generator().manual_seed(1))
 
 def test_the_objectives_are_what_they_are_called(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair
-    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", 7 * 200)  # several chunks, the last one shorter
+    monkeypatch.setattr("lexigram.losses.CHUNK_ELEMENTS", 7 * 200)  # several chunks, the last one shorter
     with torch.no_grad():
         ours, theirs = (model(input_ids=IDS, output_hidden_states=True) for model in pair)
         p, q = (run.logits.double().log_softmax(-1) for run in (theirs, ours))
@@ -472,7 +472,7 @@ def test_gradients_of_losses_are_those_of_autograd(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through softmaxes in float64; in parts of rows, the last of them shorter."""
-    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", 4 * 200)
+    monkeypatch.setattr("lexigram.losses.CHUNK_ELEMENTS", 4 * 200)
     logits, wanted = ((3 * normal(5, 6, 200, seed=seed)).to(dtype) for seed in (1, 2))
     ids, own = IDS[:, :6], logits.clone().requires_grad_()
     weights = normal(5, seed=3)
@@ -499,7 +499,7 @@ def test_gradients_of_losses_are_those_of_autograd(
 def test_few_rows_of_logits_are_in_float32_at_a_time(
     name: str, pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", 7 * 200)
+    monkeypatch.setattr("lexigram.losses.CHUNK_ELEMENTS", 7 * 200)
     rows: list[int] = []
     real = torch.Tensor.log_softmax
 

@@ -154,6 +154,7 @@ def _move(
                         batch,
                         plan.compute_dtype,
                         weights,
+                        objective=config.objective,
                         what="a model with parts drawn at random",
                         remedy="lower the ratio, or leave the policy gradient out with --passes 0",
                     )

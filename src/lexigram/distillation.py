@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lexigram.evaluation.perplexity import CHUNK_ELEMENTS
+from lexigram.losses import divergences, surprises
 from lexigram.running import inference
 
 ObjectiveName = Literal["kl", "layers", "tokens"]
@@ -214,48 +214,10 @@ def _noting(layers: list[nn.Module], outputs: list[Tensor]) -> Iterator[None]:
             hook.remove()
 
 
-class _ByRows(torch.autograd.Function):
-    """Losses (rows,) of logits (rows, vocabulary) against `wanted` (rows, ...): some rows at a time, as float32 takes room.
-
-    The gradient is found along with them, in the dtype of the logits, and is all that is kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor, loss: "_Loss") -> Tensor:
-        at_once = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        losses = []
-        for begin in range(0, len(logits), at_once):
-            rows = slice(begin, begin + at_once)
-            losses.append(loss(logits[rows], wanted[rows], None if gradient is None else gradient[rows]))
-        ctx.save_for_backward(gradient)
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0][:, None].to(gradient.dtype), None, None
-
-
-_Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Of rows of logits and what is wanted of them, (rows,); the gradient of each row's goes into the third argument."""
-
-
 def _divergences(found: Outputs, wanted: Outputs | None, ids: Tensor) -> Tensor:
     """See `Objective`; (sequences,)."""
     assert wanted is not None
-    rows: Tensor = _ByRows.apply(found.logits.flatten(0, 1), wanted.logits.flatten(0, 1), _divergence)
-    return rows.view(ids.shape).mean(1)
-
-
-def _divergence(logits: Tensor, wanted: Tensor, gradient: Tensor | None) -> Tensor:
-    """KL(wanted || logits) of rows (rows, vocabulary), (rows,); its gradient is the difference of the softmaxes."""
-    ours, theirs = logits.float().log_softmax(-1), wanted.to(logits.device).float().log_softmax(-1)
-    shares = theirs.exp()
-    losses = (theirs - ours).mul_(shares).sum(-1)
-    if gradient is not None:
-        gradient.copy_(ours.exp_().sub_(shares))
-    return losses
+    return divergences(found.logits.flatten(0, 1), wanted.logits.flatten(0, 1)).view(ids.shape).mean(1)
 
 
 def _layer_errors(found: Outputs, wanted: Outputs | None, ids: Tensor) -> Tensor:
@@ -271,17 +233,7 @@ def _layer_errors(found: Outputs, wanted: Outputs | None, ids: Tensor) -> Tensor
 
 def _token_losses(found: Outputs, _wanted: Outputs | None, ids: Tensor) -> Tensor:
     """See `Objective`; (sequences,). The last position predicts nothing, and what it is held against does not count."""
-    rows: Tensor = _ByRows.apply(found.logits.flatten(0, 1), ids.roll(-1, 1).flatten(), _surprise)
-    return rows.view(ids.shape)[:, :-1].mean(1)
-
-
-def _surprise(logits: Tensor, targets: Tensor, gradient: Tensor | None) -> Tensor:
-    """Minus the log-likelihood of `targets` (rows,) by logits (rows, vocabulary), (rows,)."""
-    ours, places = logits.float().log_softmax(-1), targets[:, None]
-    losses = -ours.gather(1, places).squeeze(1)
-    if gradient is not None:
-        gradient.copy_(ours.exp_().scatter_add_(1, places, torch.full_like(places, -1, dtype=ours.dtype)))
-    return losses
+    return surprises(found.logits.flatten(0, 1), ids.roll(-1, 1).flatten()).view(ids.shape)[:, :-1].mean(1)
 
 
 _LOSSES: dict[ObjectiveName, Callable[[Outputs, Outputs | None, Tensor], Tensor]] = {

@@ -73,7 +73,7 @@ def estimated_seconds(prepared: Plan) -> dict[str, float]:
     if prepared.recipe.allocation == KNAPSACK:
         found["allocate"] = allocate / prepared.way.workers + 3 * forward * min(SENSITIVITY_SEQUENCES, sequences)
     elif chooses(prepared.recipe.method):
-        found["allocate"] = allocate + forward * sequences * trials(prepared.recipe.method).models
+        found["allocate"] = allocate + forward * sequences * trials(prepared.recipe.method).runs
     found["fit"] = fit / prepared.way.workers
     return found
 

@@ -210,7 +210,7 @@ class _Work:
         """Decompose all weights, choose among their parts, and assemble what was chosen."""
         config = self.prepared.recipe.method
         folder = self._folder(self.prepared.cache, "parts", decomposition_key(config))
-        model = self.prepared.source.model(self.prepared.device) if trials(config).models else self.frame
+        model = self.prepared.source.model(self.prepared.device) if trials(config).runs else self.frame
         with self.watch.stage("allocate"):
             chosen = choose_parts(self.prepared, self._weight, store, folder, model, self.tokens.ids, self.progress)
         del model

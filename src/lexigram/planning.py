@@ -340,7 +340,7 @@ def _needs(
         grams[layer] = grams.get(layer, 0) + 8 * width**2
     widths = [sum(weight_of(module).shape) for module in decoder_layers(skeleton)[0].modules() if is_linear(module)]
     whole = sum(count.values()) * stored.itemsize
-    drawn = recipe.refine > 0 or trials(recipe.method).models > 0
+    drawn = recipe.refine > 0 or trials(recipe.method).runs > 0
     tried = samples or drawn
     # A probability of 4 bytes and a mask of one byte for each of nearly as many candidates as there are weights.
     candidate = 3 + max(1, trials(recipe.method).at_once)

@@ -15,12 +15,11 @@ from pydantic import BaseModel, ConfigDict
 
 from lexigram.calibration.tokens import token_ids
 from lexigram.errors import LexigramError
+from lexigram.losses import CHUNK_ELEMENTS
 from lexigram.running import Progress, check_context, inference, plain_generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CHUNK_ELEMENTS = 2**23  # logits held in float32 at a time: 32 MiB a copy
 
 
 class Evaluation(BaseModel):

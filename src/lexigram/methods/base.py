@@ -278,9 +278,9 @@ def decomposition_key(config: MethodConfig) -> str:
 
 
 class Trials(NamedTuple):
-    """Models that the choice among the parts tries out: how many for every sequence, and how many a step holds the masks of."""
+    """What trying models out takes: runs of a model for every sequence, and how many drawn models a step holds the masks of."""
 
-    models: int
+    runs: int
     at_once: int
 
 

@@ -3,9 +3,8 @@
 arXiv 2505.03801. Stage 1, `decompose`, is here, and so is `assemble`, which turns what was chosen into stored factors; stage 2,
 the choice, is in `lexigram.choice`. What the paper leaves open is an option: the penalty of robust PCA and how it goes on
 (`mu`, `growth`, `rise`, `relaxation`; as its authors' related code has it: `candes`, 1, any, 1), its stop, the start of the
-probabilities, how many sequences and models a step of the policy gradient sees, what the unequal costs of candidates mean for
-scores and for the projection. The loss is not: it is that of the next token. Kept values are used as they are, as published,
-unless `refit` moves them. What every option does is measured in `results/README.md` (`benchmarks/cap_options.py`): ways of
+probabilities, the loss, how many sequences and models a step of the policy gradient sees, what the unequal costs of candidates
+mean for scores and for the projection. Kept values are used as they are, as published, unless `refit` moves them. What every option does is measured in `results/README.md` (`benchmarks/cap_options.py`): ways of
 robust PCA differ by no more than seeds do, so the soonest to converge is the default; of the policy gradient nothing is better
 than none.
 
@@ -39,6 +38,7 @@ from lexigram.linalg.robust_pca import (
     robust_pca,
 )
 from lexigram.linalg.rounding import DAMPING
+from lexigram.losses import LossName
 from lexigram.methods.base import (
     Candidates,
     FitReport,
@@ -92,6 +92,11 @@ class CapConfig(MethodConfig):
     passes: int = Field(
         default=3, ge=0, description="Of the policy gradient over the calibration text; 0 leaves it out."
     )
+    objective: LossName = Field(
+        default="tokens",
+        description="What the policy gradient lowers: the loss of the next token, or the divergence from the original's "
+        "predictions (`kl`).",
+    )
     batch: int = Field(default=16, ge=1, description="Sequences a step of the policy gradient.")
     samples: int = Field(default=1, ge=1, description="Models drawn for a step of the policy gradient.")
     rate: float = Field(default=LEARNING_RATE, gt=0, description="Of the policy gradient.")
@@ -117,7 +122,7 @@ _VERSION = 1
 
 @trials.register
 def _(config: CapConfig) -> Trials:
-    return Trials(config.passes * config.samples, config.samples)
+    return Trials(config.passes * config.samples * (2 if config.objective == "kl" else 1), config.samples)
 
 
 @decomposition_key.register
