@@ -335,10 +335,13 @@ def test_the_forms_offered() -> None:
     assert told(LowRankSparseConfig(rank_share=0.0)) == alone | whole
     beside = {("lowrank-sparse", 0.1, bits) for bits in (8, 6, 4, 3)}
     assert told(LowRankSparseConfig(rank_share=0.1)) == alone | beside | whole
-    assert told(LowRankSparseConfig(value_bits=4, rank_share=0.0)) == {("lowrank-sparse", 0.0, 4)}
-    assert told(LowRankSparseConfig(value_bits=4)) == {("lowrank-sparse", 0.0, 4), ("lowrank-sparse", 0.2, 4)}
-    assert told(LowRankSparseConfig(value_bits=8)) == {("lowrank-sparse", 0.0, 8)}
-    both = {("lowrank-sparse", 0.0, 4), ("lowrank-sparse", 0.2, 4)}
+    one, both = {("lowrank-sparse", 0.0, 4), ("quantize", 0.0, 4)}, {("lowrank-sparse", 0.2, 4)}
+    assert told(LowRankSparseConfig(value_bits=4, rank_share=0.0)) == one
+    both |= one
+    assert told(LowRankSparseConfig(value_bits=4)) == both
+    assert told(LowRankSparseConfig(value_bits=8)) == {("lowrank-sparse", 0.0, 8), ("quantize", 0.0, 8)}
+    for bits in (12, 16):
+        assert told(LowRankSparseConfig(value_bits=bits)) == {("lowrank-sparse", 0.0, bits)}
     assert told(LowRankSparseConfig(value_bits=4, rank_share=0.2)) == both
     assert all(each.rounds == 3 for each in variants(LowRankSparseConfig(rounds=3)) if hasattr(each, "rounds"))
 

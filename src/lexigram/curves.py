@@ -276,7 +276,8 @@ def _sensitivity(
 
 def _file(plan: Plan, groups: Sequence[Sequence[str]], store: GramStore) -> Path:
     """Where the curves of these groups and this method lie, beside the Grams that decide about them."""
-    content = [_VERSION, plan.recipe.method.model_dump(), plan.recipe.seed, [list(names) for names in groups], MEASURED]
+    offered = [variant.model_dump() for variant in variants(plan.recipe.method)]
+    content = [_VERSION, offered, plan.recipe.seed, [list(names) for names in groups], MEASURED]
     return store.folder / f"curves-{_sha256(content)[:16]}.json"
 
 

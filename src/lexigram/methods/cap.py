@@ -4,9 +4,9 @@ arXiv 2505.03801. Stage 1, `decompose`, is here, and so is `assemble`, which tur
 the choice, is in `lexigram.choice`. What the paper leaves open is an option: the penalty of robust PCA and how it goes on
 (`mu`, `growth`, `rise`, `relaxation`; as its authors' related code has it: `candes`, 1, any, 1), its stop, the start of the
 probabilities, the loss, how many sequences and models a step of the policy gradient sees, what the unequal costs of candidates
-mean for scores and for the projection. Kept values are used as they are, as published, unless `refit` moves them. What every option does is measured in `results/README.md` (`benchmarks/cap_options.py`): ways of
-robust PCA differ by no more than seeds do, so the soonest to converge is the default; of the policy gradient nothing is better
-than none.
+mean for scores and for the projection. Kept values are used as they are, as published, unless `refit` moves them. What every
+option does is measured in `results/README.md` (`benchmarks/cap_options.py`): ways of robust PCA differ by no more than seeds
+do, so the soonest to converge is the default; of the policy gradient nothing is better than none.
 
 Measured on stories260K at ratios .3 and .5 with two calibration seeds each, mean relative error of the layers and perplexity
 (dense 7.73). Without the policy, scores by kind have .250 and .360, 64 to 65 and 185 to 196; per bit, the default, .220 and

@@ -8,7 +8,7 @@ How large each part is, in how many bits, or whether a weight is better off with
 
 import math
 import time
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -35,13 +35,15 @@ from lexigram.methods.base import (
     useful,
     variants,
 )
-from lexigram.methods.quantize import QuantizeConfig
+from lexigram.methods.quantize import QuantizeConfig, QuantizedBits
 from lexigram.methods.storing import BITS, Damping, ValueBits, ValueGroup, store_pruned
 from lexigram.methods.sums import largest_sum, sizes, stored_sum
 from lexigram.shown import FORM, Shown
 
 _BITS: tuple[ValueBits, ...] = (16, 8, 6, 4, 3, 2)
 _OFFERED: tuple[ValueBits, ...] = (8, 6, 4, 3)
+_OFFERED_WHOLE: tuple[ValueBits, ...] = (8, 6, 4)
+"""Bits of weights of which no entry is dropped."""
 _RANK_SHARES: dict[ValueBits, float] = {4: 0.2, 3: 0.1}
 """The rank share that is offered beside none, by the bits of an entry, where the allocation chooses.
 
@@ -112,8 +114,9 @@ def _(config: LowRankSparseConfig, shape: tuple[int, int], budget: Budget) -> Fa
 
 @variants.register
 def _(config: LowRankSparseConfig) -> list[MethodConfig]:
-    """Entries in every number of bits, alone and beside a low-rank part; and no entry dropped."""
-    offered: tuple[ValueBits, ...] = _OFFERED if config.value_bits is None else (config.value_bits,)
+    """Entries in every number of bits, alone and beside a low-rank part; and no entry dropped. bfloat16 is offered to all."""
+    told = () if config.value_bits is None else (config.value_bits,)
+    offered = told or _OFFERED
     forms = [(bits, 0.0) for bits in offered]
     for bits in offered:
         share = _RANK_SHARES.get(bits, 0.0) if config.rank_share is None else config.rank_share
@@ -121,10 +124,12 @@ def _(config: LowRankSparseConfig) -> list[MethodConfig]:
     sparse: list[MethodConfig] = [
         config.model_copy(update={"value_bits": bits, "rank_share": share}) for bits, share in forms
     ]
-    dense: list[MethodConfig] = [
-        QuantizeConfig(value_bits=bits, value_group=config.value_group, damping=config.damping) for bits in (8, 6, 4)
+    whole: list[MethodConfig] = [
+        QuantizeConfig(value_bits=bits, value_group=config.value_group, damping=config.damping)
+        for bits in get_args(QuantizedBits)
+        if bits in (told or _OFFERED_WHOLE) and bits < 16
     ]
-    return sparse if config.value_bits else sparse + dense
+    return sparse + whole
 
 
 @useful.register
