@@ -24,6 +24,7 @@ from lexigram.gram import Gram
 from lexigram.linalg.palm import (
     L0,
     L1,
+    Fitting,
     Largest,
     Penalty,
     SparsePair,
@@ -34,6 +35,7 @@ from lexigram.linalg.palm import (
     refit,
     sparse_product,
 )
+from lexigram.linalg.svd import truncated_svd
 from lexigram.linalg.whitening import Whitening, whiten
 from lexigram.methods import Budget, BudgetTooSmallError, CospadiConfig, FitReport, SvdConfig, fit, layout
 from lexigram.methods.base import sketch, variants
@@ -306,6 +308,25 @@ def test_balancing_leaves_the_product(share: float) -> None:
     assert torch.allclose((theirs @ metric.factor.T).norm(dim=1)[alive], weight[alive] ** (1 - share))
 
 
+@pytest.mark.parametrize("kind", [L0, L1])
+def test_a_weight_is_found_at_which_entries_fit(kind: Any) -> None:
+    metric, signals = metric_of(16), normal(20, 16).double() @ metric_of(16).factor.T
+    limit = 200
+    fitting = Fitting(kind, lambda codes, entries: (codes + 2 * entries) / limit)
+    found = sparse_product(signals, metric, 10, 1, 1, penalties=fitting, tolerance=0.0)
+    assert found.weight is not None
+    left, right = truncated_svd(signals, 10)
+    start = SparsePair(left, metric.unwhiten(right))
+    for weight, fits in ((found.weight, True), (0.8 * found.weight, False)):
+        pair = palm(signals, metric.factor, start, kind(weight), kind(weight), tolerance=0.0)
+        needed = int(pair.codes.count_nonzero()) + 2 * int(pair.dictionary.count_nonzero())
+        assert (needed <= limit) == fits
+        if fits:
+            assert needed > 0.9 * limit
+            assert found.penalised == pytest.approx(pair.history)
+            assert int(found.code_support.sum()) + 2 * int(found.dictionary_support.sum()) == needed
+
+
 def test_what_does_not_fit_is_refused() -> None:
     metric = metric_of(6)
     signals = normal(8, 6).double()
@@ -456,6 +477,20 @@ def test_prices_decide_and_the_budget_caps(kind: Any) -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < 0.8 * sizes[0]
     assert errors == sorted(errors)
+
+
+def test_the_price_of_sizes_is_found_where_none_is_told() -> None:
+    """By soft thresholding, so other places stay than by hard; within the budget, which is nearly used."""
+    weight, X = normal(64, 48), correlated(500, 48)
+    gram = gram_of(X)
+    for ratio in (0.5, 0.8):
+        soft, report, spec = run(DoubleSparseConfig(penalty="l1", value_bits=8), weight, gram, ratio, capped=True)
+        hard, _, _ = run(DoubleSparseConfig(value_bits=8), weight, gram, ratio)
+        assert 0.95 * spec.bytes < soft.spec.bytes <= spec.bytes
+        assert not torch.equal(soft.left.to_dense() != 0, hard.left.to_dense() != 0)
+        assert output_error(weight, soft, X) < 1.5 * output_error(weight, hard, X)
+        assert report.details["price"] > 0
+        assert report.details["penalised_iterations"] >= 1
 
 
 def test_a_price_of_sizes_needs_both_sides() -> None:

@@ -14,6 +14,7 @@ support follow. And a step that raises the objective is not taken: it is tried a
 length, then shorter. The first try is longer than proven, as a bound for all directions is too careful for most.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypedDict
@@ -37,6 +38,12 @@ _STEPS = (4.0, 1.0, 0.25)
 """Lengths that are tried, in units of the proven one; the first from the extrapolated point."""
 _POWER_STEPS = 16
 _LIPSCHITZ_SLACK = 1.02  # power iteration comes from below
+
+_WEIGHT_RANGE = 1e-5
+"""The least weight of a penalty that is tried, as a share of the largest."""
+_WEIGHTS = 12
+_FULL = 0.99
+"""So much of the room for entries is close enough to all of it."""
 
 Kind = Literal["l0", "l1"]
 Stop = Literal["iterations", "tolerance"]
@@ -137,7 +144,9 @@ class SparsePair:
 class SparseProduct:
     """Codes (n, k) and dictionary (k, d), zero outside of their supports, bool of the same shapes.
 
-    `history` is the squared error after each iteration once the supports had their final sizes.
+    `history` is the squared error after each iteration once the supports had their final sizes; `penalised` the objective
+    after each iteration under the penalties that decided them, if any did, `penalised_stop` why these ended, and `weight` of
+    the penalties where it was found.
     """
 
     codes: Tensor
@@ -146,6 +155,20 @@ class SparseProduct:
     dictionary_support: Tensor
     history: tuple[float, ...]
     stop: Stop
+    penalised: tuple[float, ...] = ()
+    penalised_stop: Stop | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Penalties of both factors whose weight, the same for both, is found: the least at which the entries that stay fit.
+
+    `kind` makes a penalty of a weight, `room` tells what share of the room so many entries of codes and dictionary take.
+    """
+
+    kind: Callable[[float], Penalty]
+    room: Callable[[int, int], float]
 
 
 def most_important(importance: Tensor, count: int) -> Tensor:
@@ -196,7 +219,7 @@ def sparse_product(
     code_count: int,
     dictionary_count: int,
     *,
-    penalties: tuple[Penalty, Penalty] | None = None,
+    penalties: tuple[Penalty, Penalty] | Fitting | None = None,
     iterations: int = ITERATIONS,
     tightening: int = TIGHTENING,
     refits: int = REFITS,
@@ -207,8 +230,8 @@ def sparse_product(
 
     From all entries the supports are tightened to their sizes geometrically, one iteration of `palm` for each size. Penalties
     come first, where there are any: they decide what is kept, and what they keep beyond the sizes is tightened in the same way.
-    What they leave is biased, so the values are refitted in turns on the final supports. Without an iteration at the final
-    sizes this is a start and its refit.
+    Where their weight is to be found (`Fitting`), they alone decide, and not the counts. What they leave is biased, so the
+    values are refitted in turns on the final supports. Without an iteration at the final sizes this is a start and its refit.
 
     Args:
         signals: ``W L^T (n, d)``; computed in float32, or in float64 if that is what it is.
@@ -216,7 +239,7 @@ def sparse_product(
         atoms: k, from 1 to the smaller side of the signals.
         code_count: entries of the codes at most; without penalties exactly so many places.
         dictionary_count: of the dictionary.
-        penalties: of codes and dictionary.
+        penalties: of codes and dictionary, or of both with a weight that is found.
         iterations: with the penalties, and at the final sizes.
         tightening: sizes on the way.
         refits: of both factors, at least one.
@@ -235,10 +258,15 @@ def sparse_product(
             raise ValueError(f"cannot keep {count} of the {part.numel()} entries of the {name}")
     effort: _Effort = {"iterations": iterations, "inertia": inertia, "tolerance": tolerance}
     problem = _Problem(signals, _Metric.of(factor), Largest(counts[0]), Largest(counts[1]))
-    if penalties is not None:
-        pair = _descended(problem.under(*penalties), pair, **effort)
-        found = int(pair.codes.count_nonzero()), int(pair.dictionary.count_nonzero())
-        counts = max(1, min(counts[0], found[0])), max(1, min(counts[1], found[1]))
+    penalised: SparsePair | None = None
+    weight: float | None = None
+    if isinstance(penalties, Fitting):
+        weight, penalised = _fitted(problem, pair, penalties, effort)
+        counts = _kept(penalised)
+    elif penalties is not None:
+        penalised = _descended(problem.under(*penalties), pair, **effort)
+        counts = min(counts[0], _kept(penalised)[0]), min(counts[1], _kept(penalised)[1])
+    pair = penalised or pair
     for many in _tightened(pair, counts, tightening):
         pair = _descended(problem.under(*map(Largest, many)), pair, iterations=1)
     settled = _descended(problem.under(*map(Largest, counts)), pair, **effort)
@@ -246,7 +274,10 @@ def sparse_product(
     dictionary_support = most_important(settled.dictionary.abs(), counts[1])
     refitted = refit(signals, factor, settled, code_support, dictionary_support, rounds=refits)
     history = settled.history + refitted.history
-    return SparseProduct(refitted.codes, refitted.dictionary, code_support, dictionary_support, history, settled.stop)
+    found = SparseProduct(refitted.codes, refitted.dictionary, code_support, dictionary_support, history, settled.stop)
+    if penalised is None:
+        return found
+    return replace(found, penalised=penalised.history, penalised_stop=penalised.stop, weight=weight)
 
 
 def refit(
@@ -280,6 +311,32 @@ def balanced(codes: Tensor, dictionary: Tensor, gram: Tensor, share: float) -> t
     alive = (ours > 0) & (theirs > 0)
     scale = torch.where(alive, (ours * theirs) ** share / torch.where(alive, ours, 1.0), 1.0)
     return codes * scale, dictionary / scale[:, None]
+
+
+def _fitted(problem: "_Problem", start: SparsePair, penalties: Fitting, effort: "_Effort") -> tuple[float, SparsePair]:
+    """The weight, by bisection of its logarithm, and what it leads to; each try begins at `start`."""
+    # Of orthonormal atoms the first step, four times as long as proven, leaves no coefficient at a weight above half of this.
+    high = float(start.codes.abs().max())
+    low = _WEIGHT_RANGE * high
+    nothing = SparsePair(torch.zeros_like(start.codes), torch.zeros_like(start.dictionary))
+    best = high, nothing
+    for _ in range(_WEIGHTS):
+        weight = math.sqrt(low * high)
+        penalty = penalties.kind(weight)
+        pair = _descended(problem.under(penalty, penalty), start, **effort)
+        room = penalties.room(*_kept(pair))
+        if room > 1:
+            low = weight
+            continue
+        high, best = weight, (weight, pair)
+        if room >= _FULL:
+            break
+    return best
+
+
+def _kept(pair: SparsePair) -> tuple[int, int]:
+    """Entries of codes and dictionary that are not zero; one at least, which is where a factor of zeros is stored."""
+    return max(1, int(pair.codes.count_nonzero())), max(1, int(pair.dictionary.count_nonzero()))
 
 
 class _Effort(TypedDict):

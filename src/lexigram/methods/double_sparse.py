@@ -26,8 +26,10 @@ from lexigram.linalg.palm import (
     REFITS,
     TIGHTENING,
     TOLERANCE,
+    Fitting,
     Kind,
     Penalty,
+    SparseProduct,
     balanced,
     sparse_product,
 )
@@ -89,8 +91,9 @@ _RIDGE = 1e-7
 class DoubleSparseConfig(MethodConfig):
     """Form and solver.
 
-    `density` holds as long as k stays within the rank of the weight: beyond that the bytes go into more entries. Without a
-    penalty the thresholds are those that leave as many entries as there is room for. With `code_penalty` or
+    `density` holds as long as k stays within the rank of the weight: beyond that the bytes go into more entries. Without prices
+    the thresholds are those that leave as many entries as there is room for: by `l0` on both sides in proportion to their
+    places; by `l1` the least price, the same for both, at which what stays fits, found by bisection. With `code_penalty` or
     `dictionary_penalty` an entry is kept where it is worth its price, and the budget is a cap: the result may weigh less than
     was asked for, never more. Prices are in units of the relative squared error: by `l0` of a stored entry, by `l1` of its
     size, in coordinates where outputs and inputs have a mean square of one, each over the number of weights.
@@ -110,7 +113,10 @@ class DoubleSparseConfig(MethodConfig):
         default=None, description="Stored bits of a dictionary's entry."
     )
     value_group: ValueGroup = 128
-    penalty: Kind = Field(default="l0", description="What is penalised: the number of entries, or their sizes.")
+    penalty: Kind = Field(
+        default="l0",
+        description="What is penalised: the number of entries, or their sizes; l1 takes many more iterations.",
+    )
     code_penalty: float = Field(default=0.0, ge=0, description="Price of a coefficient; 0 leaves it to the budget.")
     dictionary_penalty: float = Field(
         default=0.0, ge=0, description="Price of a dictionary's entry; 0 leaves it to the budget."
@@ -182,7 +188,7 @@ def _(
         left.cols,
         left.nonzeros,
         right.nonzeros,
-        penalties=_penalties(config),
+        penalties=_penalties(config, left, right),
         iterations=config.iterations,
         tightening=config.tightening,
         refits=config.refits,
@@ -190,7 +196,8 @@ def _(
         tolerance=config.tolerance,
     )
     codes, dictionary = unit * found.codes, (found.dictionary / scale).to(weight.dtype)
-    left, right = _holding(left, found.code_support), _holding(right, found.dictionary_support)
+    left = _holding(left, int(found.code_support.sum()))
+    right = _holding(right, int(found.dictionary_support.sum()))
     codes, dictionary = balanced(codes, dictionary, inputs, _SHARE)
     factor = _stored(
         weight,
@@ -211,8 +218,20 @@ def _(
         seconds=time.perf_counter() - start,
         gram_rank=own.rank,
         gram_damping=own.damping,
-        details={"code_entries": left.nonzeros, "dictionary_entries": right.nonzeros},
+        details={"code_entries": left.nonzeros, "dictionary_entries": right.nonzeros, **_told(found, signals.numel())},
     )
+
+
+def _told(found: SparseProduct, size: int) -> dict[str, float]:
+    """How the minimisation under penalties went, where there was one; objectives and the weight in the units of prices."""
+    if not found.penalised:
+        return {}
+    told = {
+        "penalised_iterations": float(len(found.penalised)),
+        "penalised_objective": found.penalised[-1] / size,
+        "penalised_converged": float(found.penalised_stop == "tolerance"),
+    }
+    return told if found.weight is None else {**told, "price": found.weight}
 
 
 def _stored(
@@ -232,9 +251,8 @@ def _stored(
     return Product(store_pruned(best, pruned, left, products, damping=0.0), atoms)
 
 
-def _holding(spec: SparseSpec, support: Tensor) -> SparseSpec:
-    """The leaf of a form that has room for a support: where penalties kept less, the lightest that holds it."""
-    count = int(support.sum())
+def _holding(spec: SparseSpec, count: int) -> SparseSpec:
+    """The leaf of a form that has room for so many entries: where penalties kept others, the lightest that holds them."""
     return spec if count == spec.nonzeros else SparseSpec.lightest(spec.rows, spec.cols, count, spec.codec)
 
 
@@ -247,10 +265,18 @@ def _damped(gram: Tensor, damping: float) -> Tensor:
     return gram
 
 
-def _penalties(config: DoubleSparseConfig) -> tuple[Penalty, Penalty] | None:
+def _penalties(
+    config: DoubleSparseConfig, left: SparseSpec, right: SparseSpec
+) -> tuple[Penalty, Penalty] | Fitting | None:
+    """Those that have a price; without one, by sizes, that of which `left` and `right` have room for the entries."""
     prices = config.code_penalty, config.dictionary_penalty
+
+    def room(codes: int, entries: int) -> float:
+        needed = sum(_holding(leaf, count).bytes for leaf, count in ((left, codes), (right, entries)))
+        return needed / (left.bytes + right.bytes)
+
     if not any(prices):
-        return None
+        return Fitting(L1, room) if config.penalty == "l1" else None
     kind: Callable[[float], Penalty] = L1 if config.penalty == "l1" else L0
     return kind(prices[0]), kind(prices[1])
 
