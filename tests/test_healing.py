@@ -451,8 +451,12 @@ def test_imitating_oneself_costs_nothing(pair: tuple[Any, Any]) -> None:
 
 
 def test_recomputing_layers_changes_no_gradient(pair: tuple[Any, Any]) -> None:
+    """Each layer runs twice then, and once without."""
     student, teacher = pair
-    found = []
+    found: list[list[Tensor]] = []
+    calls: list[int] = []
+    for layer in student.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(len(found)))
     for within in (False, True):
         student.zero_grad()
         objective = Objective("kl", student, teacher, "model.layers", torch.float32, 1000)
@@ -462,6 +466,7 @@ def test_recomputing_layers_changes_no_gradient(pair: tuple[Any, Any]) -> None:
         else:
             objective.losses(IDS).sum().backward()
         found.append([parameter.grad.clone() for parameter in student.parameters()])
+    assert calls == [0] * len(student.model.layers) + [1] * 2 * len(student.model.layers)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert not any("forward" in vars(layer) for layer in student.model.layers)
 
@@ -761,6 +766,21 @@ def test_early_stop_keeps_the_best(small: Path, words: Path, tmp_path: Path) -> 
     assert other.after.objective == min(look.objective for look in other.held_out)
 
 
+def test_layers_run_again_in_the_backward_pass_where_that_is_asked_for(
+    small: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: dict[bool, int] = {}
+    real = FactoredLinear.forward
+    for again in (False, True):
+        seen: list[int] = []
+        monkeypatch.setattr(FactoredLinear, "forward", lambda layer, x, seen=seen: seen.append(1) or real(layer, x))
+        settings = quick(words, steps=1, measure_every=1, checkpointing=again)
+        healed(small, tmp_path / str(again), settings)
+        calls[again] = len(seen)
+    layers = len(list(factored_layers(lexigram.load(small))))
+    assert calls[True] - calls[False] == layers  # one batch
+
+
 def test_the_clock_ends_a_training(small: Path, words: Path, tmp_path: Path) -> None:
     healing = healed(small, tmp_path / "out", quick(words, steps=None, minutes=0.01)).healing[0]
     assert healing.stopped == "minutes"
@@ -769,10 +789,22 @@ def test_the_clock_ends_a_training(small: Path, words: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("objective", ["kl", "layers", "tokens"])
-def test_a_forward_pass_in_bfloat16(objective: str, small: Path, words: Path, tmp_path: Path) -> None:
+def test_a_forward_pass_in_bfloat16(
+    objective: str, small: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Autocast; what is trained stays in float32, and what is stored is what was trained."""
     settings = quick(words, objective=objective, compute_dtype="bfloat16")
+    dtypes: set[torch.dtype] = set()
+    real = FactoredLinear.forward
+
+    def noting(layer: FactoredLinear, x: Tensor) -> Tensor:
+        y = real(layer, x)
+        dtypes.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(FactoredLinear, "forward", noting)
     record = healed(small, tmp_path / "out", settings)
+    assert dtypes == {torch.bfloat16}
     healing = record.healing[0]
     assert healing.machine["compute_dtype"] == "bfloat16"
     assert healing.after.objective < healing.before.objective
@@ -1226,12 +1258,39 @@ def test_the_command_heals_and_says_what_came_of_it(command: Command, small: Pat
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 def test_peft_refuses_compressed_layers_by_name(small: Path) -> None:
-    """It adapts layers that it knows; ours are none, and no adapter is silently left out or merged wrongly."""
+    """It adapts layers that it knows, and ours are none."""
     import peft
 
     model = lexigram.load(small)
     with pytest.raises(ValueError, match=r"Target module FactoredLinear\((?s:.*)is not supported"):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="No `target_modules` passed"):  # nothing is left for it
+        peft.get_peft_model(lexigram.load(small), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_adapters_of_layers_that_were_left_out_merge(toy: Path, words: Path, tmp_path: Path) -> None:
+    """`all-linear` takes the ordinary layers alone. Merged and saved, the compressed ones are as they were."""
+    import peft
+
+    made(toy, words, tmp_path / "small", **FORMS["low rank"], include=["q_proj"])
+    model = lexigram.load(tmp_path / "small", dtype=torch.float32)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    wrapped = {name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert wrapped
+    assert not any("q_proj" in name for name in wrapped)
+    with torch.no_grad():
+        wanted = adapted(IDS).logits
+        merged = adapted.merge_and_unload()
+        assert torch.allclose(merged(IDS).logits, wanted, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.allclose(lexigram.load(tmp_path / "merged", dtype=torch.float32)(IDS).logits, wanted, atol=1e-4)
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("small", "merged"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before if "q_proj" in key)
 
 
 def test_a_compressed_layer_is_none_of_the_layers_that_adapters_know(small: Path) -> None:
