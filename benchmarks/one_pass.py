@@ -1,7 +1,8 @@
 """Support and few-bit values in one pass, against a support first and its values afterwards, on three matrices of `demo`.
 
 In one pass SparseGPT's columns are settled as GPTQ rounds them: what is dropped and what is rounded is carried on together, in
-activation order, on a grid a row whose clipping is searched. Recorded: the relative squared error of the outputs of that pass
+activation order, on a grid a row and group of inputs whose clipping is searched; a group is as wide as 128 kept values take on
+average, since so many share a scale where they are stored. Recorded: the relative squared error of the outputs of that pass
 and of the library's two stages (SparseGPT's support, or that of the search), as they are and with the sweeps over values and
 scales that `lowrank-sparse` makes; with the seconds that it took.
 
@@ -30,6 +31,8 @@ FORMS: tuple[tuple[ValueBits, float], ...] = ((4, 0.6), (4, 0.4), (3, 0.55))
 """Bits of a value, and the share of the entries that is kept."""
 CLIPS = torch.linspace(1.0, 0.4, 25)
 BLOCK = 128
+GROUP = 128
+"""Kept values that share a scale."""
 
 
 def main() -> None:
@@ -82,11 +85,12 @@ def compared(weight: Tensor, gram: Tensor, bits: ValueBits, share: float) -> dic
 
 
 def one_pass(weight: Tensor, gram: Tensor, kept: int, bits: int, order: Tensor) -> Pruned:
-    """Values on a grid a row, and their support: in every block of columns what is dearest to drop, beyond what rounding costs.
+    """Values on grids, and their support: in every block of columns what is dearest to drop, beyond what rounding costs.
 
     The notation is that of `lexigram.linalg.surgeon`.
     """
-    rounded = grid(weight, gram, kept, bits)
+    steps = (1 << bits) - 1
+    scale, zero = (each.T[order] for each in grids(weight, gram, kept, steps))
     damped = gram[order][:, order].flip(0, 1)
     damped.diagonal().add_(DAMPING * gram.diagonal().mean())
     factor = torch.linalg.cholesky(damped, upper=True).flip(0, 1)
@@ -99,39 +103,48 @@ def one_pass(weight: Tensor, gram: Tensor, kept: int, bits: int, order: Tensor) 
         own = carry[low:high, low:high]
         missed = wanted[low:high] - values[low:high]
         asked = wanted[low:high] - torch.linalg.solve_triangular(own, missed, upper=False, unitriangular=True)
-        gain = (asked.square() - (asked - rounded(asked.T).T).square()) * price[low:high, None]
+        missed = asked - rounded(asked, scale[low:high], zero[low:high], steps)
+        gain = (asked.square() - missed.square()) * price[low:high, None]
         share = kept * high // len(wanted) - kept * low // len(wanted)
         support[low:high].view(-1)[gain.flatten().topk(share).indices] = True
         lost = torch.zeros_like(own[:, :1]).repeat(1, wanted.shape[1])
         for row in range(low, high):
             target = values[row] + carry[row, low:row] @ lost[: row - low]
-            values[row] = torch.where(support[row], rounded(target[:, None])[:, 0], 0.0)
+            values[row] = torch.where(support[row], rounded(target, scale[row], zero[row], steps), 0.0)
             lost[row - low] = wanted[row] - values[row]
         values[high:].addmm_(carry[high:, low:high], lost)
     back = order.argsort()
     return Pruned(values[back].T.contiguous(), support[back].T.contiguous())
 
 
-def grid(weight: Tensor, gram: Tensor, kept: int, bits: int) -> Callable[[Tensor], Tensor]:
-    """Rounding of columns (out, n) on one asymmetric grid a row: the clipping that loses least where Wanda would keep."""
-    rows = len(weight)
-    support = wanda(weight, gram, kept // rows * rows, Rows())
-    strength, steps = gram.diagonal().float(), (1 << bits) - 1
-    inside = weight * support
-    low, high = inside.amin(1, keepdim=True), inside.amax(1, keepdim=True)
-    least = torch.full((rows, 1), float("inf"))
-    scale, zero = torch.ones(rows, 1), torch.zeros(rows, 1)
+def grids(weight: Tensor, gram: Tensor, kept: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero of every entry (out, in), of asymmetric grids: the clipping that loses least where Wanda would keep.
 
-    def rounded(columns: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return (((columns / scale).round() + zero).clamp(0, steps) - zero) * scale
-
+    One for every row and group of inputs.
+    """
+    rows, cols = weight.shape
+    widest = GROUP * weight.numel() // kept
+    width = max(each for each in range(1, min(cols, widest) + 1) if cols % each == 0)
+    support = wanda(weight, gram, kept // rows * rows, Rows()).view(rows, -1, width)
+    strength = gram.diagonal().float().view(-1, width)
+    groups = weight.view(rows, -1, width)
+    inside = groups * support
+    low, high = inside.amin(2, keepdim=True), inside.amax(2, keepdim=True)
+    least = torch.full_like(low, float("inf"))
+    scale, zero = torch.ones_like(low), torch.zeros_like(low)
     for clip in CLIPS:
         tried = ((high - low) * clip / steps).clamp_min(1e-12)
         centre = (-low * clip / tried).round()
-        missed = ((weight - rounded(weight, tried, centre)) * support).square() @ strength[:, None]
+        missed = (((groups - rounded(groups, tried, centre, steps)) * support).square() * strength).sum(2, keepdim=True)
         better = missed < least
         least, scale, zero = (torch.where(better, *pair) for pair in ((missed, least), (tried, scale), (centre, zero)))
-    return lambda columns: rounded(columns, scale, zero)
+    scale, zero = (each.expand(groups.shape).reshape(rows, cols) for each in (scale, zero))
+    return scale, zero
+
+
+def rounded(x: Tensor, scale: Tensor, zero: Tensor, steps: int) -> Tensor:
+    """The nearest value of a grid."""
+    return (((x / scale).round() + zero).clamp(0, steps) - zero) * scale
 
 
 if __name__ == "__main__":
