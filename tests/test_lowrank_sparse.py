@@ -33,6 +33,7 @@ from lexigram.methods import (
     LowRankSparseConfig,
     MethodConfig,
     OatsConfig,
+    SvdConfig,
     fit,
     layout,
     storing,
@@ -213,6 +214,26 @@ def test_oats_with_a_refit_is_never_worse(share: float) -> None:
     _, plain = run(OatsConfig(rank_share=share), weight, X, 0.4)
     _, moved = run(OatsConfig(rank_share=share, refit=True), weight, X, 0.4)
     assert moved.relative_error < 0.9 * plain.relative_error
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("config", [OatsConfig(), CapConfig(), CapConfig(refit=True), SvdConfig()], ids=repr)
+def test_few_bits_are_rounded_in_the_metric_of_the_gram(config: Any, bits: Any) -> None:
+    """Against the same parts, each value rounded to nearest."""
+    X, weight = correlated(), 3 * normal(64, 4, seed=3) @ normal(4, 32, seed=4) + 0.2 * normal(64, 32, seed=5)
+    entries = 0 if isinstance(config, SvdConfig) else 640
+    fine, coarse = (sum_spec((64, 32), 4, entries, width, 32) for width in (16, bits))
+    (exact, _), (found, _) = (fit(config, weight, gram_of(X), spec, torch.Generator()) for spec in (fine, coarse))
+
+    def nearest(part: Any, spec: Any) -> Tensor:
+        return (type(part).encode(part.to_dense(torch.float32), spec)).to_dense()
+
+    low, low_spec = (exact.left, coarse.left) if isinstance(exact, Sum) else (exact, coarse)  # type: ignore[union-attr]
+    plain = nearest(low.left, low_spec.left) @ nearest(low.right, low_spec.right)  # type: ignore[union-attr]
+    if isinstance(exact, Sum):
+        plain = plain + nearest(exact.right, coarse.right)  # type: ignore[union-attr]
+    before, after = (float(((weight - dense) @ X.T).norm()) for dense in (plain, found.to_dense()))
+    assert after < 0.9 * before
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexigram.factors import Factor, FactorSpec, Product, Sparse, SparseSpec, encode
+from lexigram.factors import Factor, FactorSpec, Sparse, SparseSpec
 from lexigram.gram import Gram
 from lexigram.linalg.budget import Projection
 from lexigram.linalg.policy_gradient import EPS, LEARNING_RATE, MEMORY
@@ -38,6 +38,7 @@ from lexigram.linalg.robust_pca import (
     robust_pca,
 )
 from lexigram.linalg.rounding import DAMPING
+from lexigram.linalg.surgeon import Pruned
 from lexigram.losses import LossName
 from lexigram.methods.base import (
     Candidates,
@@ -54,7 +55,7 @@ from lexigram.methods.base import (
     scores,
     trials,
 )
-from lexigram.methods.storing import Damping, Refit, StoredBits, ValueGroup
+from lexigram.methods.storing import Damping, Refit, StoredBits, ValueGroup, store_pruned
 from lexigram.methods.sums import sizes, stored_sum
 from lexigram.shown import Shown
 
@@ -200,7 +201,7 @@ def _(
     config: CapConfig, weight: Tensor, gram: Gram, candidates: Candidates, spec: FactorSpec
 ) -> tuple[Factor, FitReport]:
     start = time.perf_counter()
-    weight = checked_weight(weight)
+    weight, inputs = checked_weight(weight), metric(gram)
     roots = candidates.values.sqrt()
     left, right = candidates.left * roots, roots[:, None] * candidates.right
     entries = torch.zeros_like(weight).masked_scatter_(candidates.support, candidates.entries)
@@ -208,10 +209,12 @@ def _(
     def sparse(kept: SparseSpec, rest: Tensor) -> Sparse:
         values = entries
         if config.refit:
-            values = refit(rest, metric(gram), candidates.support, entries, damping=config.damping)
-        return Sparse.encode(values, kept, candidates.support)
+            values = refit(rest, inputs, candidates.support, entries, damping=config.damping)
+        # What entries stand for is what robust PCA made of them, and not what is left of the weight.
+        wanted = rest if config.refit else entries
+        return store_pruned(wanted, Pruned(values, candidates.support), kept, inputs, damping=config.damping)
 
-    factor = stored_sum(spec, weight, lambda low: Product(encode(left, low.left), encode(right, low.right)), sparse)
+    factor = stored_sum(spec, weight, inputs, (left, right), sparse)
     return factor, _told(candidates, spec, direct_report("", weight, factor, gram, time.perf_counter() - start))
 
 

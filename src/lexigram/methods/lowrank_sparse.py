@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexigram.factors import Factor, FactorSpec, Product, Sparse, SparseSpec, encode
+from lexigram.factors import Factor, FactorSpec, Sparse, SparseSpec
 from lexigram.gram import Gram
 from lexigram.linalg.integers import ROUNDS as SWEEPS
 from lexigram.linalg.low_rank_sparse import low_rank_sparse
@@ -163,7 +163,7 @@ def _(
             wanted = Pruned(values, found.support)
         return store_pruned(rest, wanted, kept, inputs, sweeps=config.sweeps, damping=config.damping)
 
-    factor = stored_sum(spec, weight, lambda low: Product(encode(left, low.left), encode(right, low.right)), sparse)
+    factor = stored_sum(spec, weight, inputs, (left, right), sparse)
     message = f"rank {rank}, {entries / weight.numel():.1%} of the entries"
     return factor, direct_report(message, weight, factor, gram, time.perf_counter() - start)
 

@@ -11,13 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexigram.factors import Factor, FactorSpec, Product, Sparse, SparseSpec, encode
+from lexigram.factors import Factor, FactorSpec, Sparse, SparseSpec
 from lexigram.gram import Gram
 from lexigram.linalg.low_rank_sparse import OATS_ROUNDS, oats
 from lexigram.linalg.pruning import refit
 from lexigram.linalg.rounding import DAMPING
+from lexigram.linalg.surgeon import Pruned
 from lexigram.methods.base import Budget, FitReport, MethodConfig, checked_weight, direct_report, fit, layout, metric
-from lexigram.methods.storing import Damping, Refit, StoredBits, ValueGroup
+from lexigram.methods.storing import Damping, Refit, StoredBits, ValueGroup, store_pruned
 from lexigram.methods.sums import largest_sum, sizes, stored_sum
 from lexigram.shown import FORM, Shown
 
@@ -57,10 +58,10 @@ def _(
         values = rest * parts.support
         if config.refit:
             values = refit(rest, inputs, parts.support, damping=config.damping)
-        return Sparse.encode(values, kept, parts.support)
+        return store_pruned(rest, Pruned(values, parts.support), kept, inputs, damping=config.damping)
 
-    factor = stored_sum(
-        spec, weight, lambda low: Product(encode(parts.left, low.left), encode(parts.right, low.right)), sparse
-    )
+    # Entries that are not refitted make up for each error by itself, and would spoil errors that make up for each other.
+    ranked = inputs if config.refit else inputs.diagonal().diag()
+    factor = stored_sum(spec, weight, ranked, (parts.left, parts.right), sparse)
     message = f"rank {rank}, {entries / weight.numel():.1%} of the entries, {len(parts.history)} rounds"
     return factor, direct_report(message, weight, factor, gram, time.perf_counter() - start)

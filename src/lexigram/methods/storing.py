@@ -11,11 +11,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexigram.factors import Bfloat, Codec, Dense, DenseSpec, Grid, Integer, Sparse, SparseSpec, group_size
+from lexigram.factors import (
+    Bfloat,
+    Codec,
+    Dense,
+    DenseSpec,
+    Grid,
+    Integer,
+    Product,
+    ProductSpec,
+    Sparse,
+    SparseSpec,
+    group_size,
+)
 from lexigram.linalg.integers import ROUNDS, Steps, to_steps
 from lexigram.linalg.rounding import DAMPING, activation_order, round_carrying, round_carrying_on_support
 from lexigram.linalg.selection import largest_indicator
 from lexigram.linalg.surgeon import Pruned
+from lexigram.methods.base import factored
 from lexigram.shown import FORM, Shown
 
 ValueBits = Literal[2, 3, 4, 6, 8, 10, 12, 14, 16]
@@ -137,6 +150,28 @@ def store_pruned(
     grid = codec.grid(pruned.values[pruned.support], strength.expand_as(weight)[pruned.support])
     values, grid = _stepped(weight, pruned, codec, grid, gram, sweeps, damping)
     return Sparse.encode(values, spec, pruned.support, grid)
+
+
+def store_low_rank(left: Tensor, right: Tensor, spec: ProductSpec, gram: Tensor) -> Product:
+    """Round factors ``L (out, r)`` and ``R (r, in)`` so that ``(L R - L^ R^) gram (L R - L^ R^)^T`` stays small.
+
+    Args:
+        left: L.
+        right: R.
+        spec: of two dense leaves.
+        gram: (in, in).
+
+    Raises:
+        ValueError: for a spec of other leaves.
+    """
+    outer, inner = factored(spec, DenseSpec, DenseSpec)
+    stored = store_dense(right, inner, lambda: gram)
+
+    def seen() -> Tensor:
+        rows = stored.to_dense(torch.float64)
+        return rows @ gram.double() @ rows.T
+
+    return Product(store_dense(left, outer, seen), stored)
 
 
 def _stepped(

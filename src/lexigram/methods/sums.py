@@ -13,14 +13,13 @@ from lexigram.factors import (
     DenseSpec,
     Factor,
     FactorSpec,
-    Product,
     ProductSpec,
     SparseSpec,
     Sum,
     SumSpec,
 )
 from lexigram.methods.base import Budget, BudgetTooSmallError, size, wrong_form
-from lexigram.methods.storing import ValueBits, codec
+from lexigram.methods.storing import ValueBits, codec, store_low_rank
 
 
 def sum_spec(
@@ -120,15 +119,17 @@ def sizes(spec: FactorSpec) -> tuple[int, int]:
 def stored_sum(
     spec: FactorSpec,
     weight: Tensor,
-    low_rank: Callable[[ProductSpec], Product],
+    gram: Tensor,
+    low_rank: tuple[Tensor, Tensor],
     sparse: Callable[[SparseSpec, Tensor], Factor],
 ) -> Factor:
-    """The factor of a form, from what stores each part; a part that the form has not is not asked for.
+    """The factor of a form, from its low-rank part and what stores the sparse one, which is not asked for where there is none.
 
     Args:
         spec: of a sum, or of either part alone.
         weight: (out, in), what both parts stand for.
-        low_rank: stores the low-rank part.
+        gram: (in, in), in whose metric values of few bits are rounded.
+        low_rank: left (out, r) and right factor (r, in).
         sparse: stores the sparse part, given what is left of the weight, (out, in), once the low-rank part is taken off as it
             is stored: entries can make up for the rounding of ranks at no cost.
     """
@@ -136,5 +137,5 @@ def stored_sum(
     if low is None:
         assert kept is not None
         return sparse(kept, weight)
-    product = low_rank(low)
+    product = store_low_rank(*low_rank, low, gram)
     return Sum(product, sparse(kept, weight - product.to_dense().to(weight.dtype))) if kept else product
