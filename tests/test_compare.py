@@ -284,8 +284,11 @@ SETTINGS: dict[str, tuple[list[object], object]] = {
     "windows": (["--windows", 7], 7),
     "dtype": (["--dtype", "float16"], "float16"),
     "heal": (
-        ["--heal", "a.txt", "b.txt", "--heal-steps", 3, "--heal-minutes", 1.5],
-        HealingSettings(texts=("a.txt", "b.txt"), steps=3, minutes=1.5),
+        [
+            *("--heal", "a.txt", "b.txt", "--heal-steps", 3, "--heal-minutes", 1.5),
+            *("--heal-objective", "tokens", "--heal-batch", 5, "--heal-rate", 0.01),
+        ],
+        HealingSettings(texts=("a.txt", "b.txt"), steps=3, minutes=1.5, objective="tokens", batch=5, rate=0.01),
     ),
     "drop_models": (["--drop-models"], True),
 }
@@ -665,7 +668,7 @@ BAD: dict[str, tuple[Callable[[Place], Said], str]] = {
     ),
     "healing on nothing": (
         lambda at: at.compare(at.recipe("a.yaml", SVD), heal_steps=2),
-        "--heal-steps says for how long, and nothing on what; name a text with --heal",
+        "--heal-steps says how to heal, and nothing on what; name a text with --heal",
     ),
     "missing text to heal on": (
         lambda at: at.compare(at.recipe("a.yaml", SVD), heal="/no.txt"),
@@ -858,7 +861,8 @@ def test_a_healed_row_stands_behind_its_own(place: Place, long: Path) -> None:
     text = (place.out / "table.md").read_text()
     shown = [(line["recipe"], line["ratio"], line["output error"] == "") for line in markdown_cells(text)]
     assert shown[1:3] == [("low", "0.4", False), ("low, healed", "0.4", True)]
-    assert "their values trained on long.txt by the objective `kl`" in text
+    said = "trained on long.txt by the objective `kl`, 2 steps at most, 8 sequences a step, rate 0.002."
+    assert f"their values {said}" in text
     curves = plot.curves([Row.model_validate(row) for row in found["rows"]])
     assert {name: [point.ratio for point in points] for name, points in curves.items()} == {
         "low": [0.4, 0.5],

@@ -31,7 +31,6 @@ EXAMPLES = (
 )
 _OWN = {key: Option("settings", key, {"comparison": field}) for key, field in ComparisonSettings.model_fields.items()}
 _HEALING = "Healing"
-_HEAL = {key: Option("settings", key, {"healing": field}) for key, field in HealingSettings.model_fields.items()}
 _RECIPES = (
     "YAML files with any of the settings of a recipe.yaml, such as `method: {name: wanda}`; a row has its file's name."
 )
@@ -40,6 +39,12 @@ _OVERWRITE = "Replace rows that were made from other recipes, texts or windows, 
 _HEAL_TEXTS = (
     "Train the stored values of every compressed model on these, too, for a second row of the same bytes: NAME, healed."
 )
+
+
+def _heals_by(key: str) -> Any:
+    """What typer is told of a setting of healing."""
+    option = Option("settings", key, {"healing": HealingSettings.model_fields[key]})
+    return typer.Option(f"--heal-{key}", metavar=option.metavar, help=option.help, rich_help_panel=_HEALING)
 
 
 def compare(
@@ -58,12 +63,11 @@ def compare(
     heal: Annotated[
         list[str] | None, typer.Option("--heal", metavar="TEXT...", help=_HEAL_TEXTS, rich_help_panel=_HEALING)
     ] = None,
-    heal_steps: Annotated[
-        int | None, typer.Option("--heal-steps", help=_HEAL["steps"].help, rich_help_panel=_HEALING)
-    ] = None,
-    heal_minutes: Annotated[
-        float | None, typer.Option("--heal-minutes", help=_HEAL["minutes"].help, rich_help_panel=_HEALING)
-    ] = None,
+    heal_objective: Annotated[str | None, _heals_by("objective")] = None,
+    heal_steps: Annotated[int | None, _heals_by("steps")] = None,
+    heal_minutes: Annotated[float | None, _heals_by("minutes")] = None,
+    heal_batch: Annotated[int | None, _heals_by("batch")] = None,
+    heal_rate: Annotated[float | None, _heals_by("rate")] = None,
     device: Annotated[str | None, declared(OPTIONS["device"])] = None,
     drop_models: Annotated[bool, declared(_OWN["drop_models"])] = False,
     overwrite: Annotated[
@@ -79,6 +83,13 @@ def compare(
     interrupted goes on at the next row. A recipe that fails is a row with its error, and the exit code is 1 in the end.
     MODEL stands before the options that take several values.
     """
+    healing = {
+        "objective": heal_objective,
+        "steps": heal_steps,
+        "minutes": heal_minutes,
+        "batch": heal_batch,
+        "rate": heal_rate,
+    }
     common = {"calibration": calibration or None, "sequences": sequences, "length": length, "device": device}
     given = {
         "texts": texts,
@@ -87,7 +98,7 @@ def compare(
         "context": context,
         "windows": windows,
         "dtype": dtype and dtype.value,
-        "heal": _heals(heal, heal_steps, heal_minutes),
+        "heal": _heals(heal, healing),
         "drop_models": drop_models,
     }
     settings = ComparisonSettings.model_validate({key: value for key, value in given.items() if value is not None})
@@ -146,19 +157,16 @@ def _recipes(files: Sequence[Path], model: str, given: dict[str, Any]) -> dict[s
     return {name: merged(Recipe.read(file), model, given, where=str(file)) for name, file in found.items()}
 
 
-def _heals(texts: list[str] | None, steps: int | None, minutes: float | None) -> HealingSettings | None:
+def _heals(texts: list[str] | None, settings: dict[str, Any]) -> HealingSettings | None:
     """None where nobody asks for it.
 
     Raises:
-        LexigramError: for steps or minutes without a text, and as `HealingSettings.parse` does.
+        LexigramError: for settings without a text, and as `HealingSettings.parse` does.
     """
-    given = {"texts": texts or None, "steps": steps, "minutes": minutes}
-    told = {key: value for key, value in given.items() if value is not None}
+    told = {key: value for key, value in settings.items() if value is not None}
     if told and not texts:
-        raise LexigramError(
-            f"--heal-{next(iter(told))} says for how long, and nothing on what; name a text with --heal"
-        )
-    return HealingSettings.parse(told) if told else None
+        raise LexigramError(f"--heal-{next(iter(told))} says how to heal, and nothing on what; name a text with --heal")
+    return HealingSettings.parse({"texts": texts, **told}) if texts else None
 
 
 def _show_plan(prepared: ComparisonPlan) -> None:

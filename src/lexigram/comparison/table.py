@@ -212,7 +212,10 @@ def _calibration(row: Row) -> str:
 
 def _training(settings: dict[str, Any]) -> str:
     names = ", ".join(PurePath(name).name for name in settings["texts"])
-    return f"on {names} by the objective `{settings['objective']}`"
+    ends = [f"{settings[unit]:g} {unit}" for unit in ("steps", "minutes") if settings[unit] is not None]
+    told = f", {' or '.join(ends)} at most" if ends else ""
+    steps = f"{settings['batch']} sequences a step, rate {settings['rate']:g}"
+    return f"on {names} by the objective `{settings['objective']}`{told}, {steps}"
 
 
 def _counted(name: str, values: Sequence[int]) -> str:
