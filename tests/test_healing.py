@@ -754,9 +754,31 @@ def test_healing_again_adds_a_record(small: Path, words: Path, tmp_path: Path) -
     assert len(read_run(tmp_path / "one").healing) == 1
 
 
+TOO_FAR: dict[str, Any] = {"rate": 1.0, "warmup": 0, "clip": 1e9, "measure_every": 1, "back_off": 100}
+
+
+def test_a_rate_that_is_too_high_comes_down(small: Path, words: Path, tmp_path: Path) -> None:
+    """After a look that is worse the next step starts from the best state; without `back_off` nothing is found."""
+    settings = quick(words, **TOO_FAR, steps=6, schedule="constant")
+    record = healed(small, tmp_path / "out", settings).healing[0]
+    losses = [look.objective for look in record.held_out]
+    assert losses[1] > losses[0]
+    assert losses[2] < losses[0]
+    assert record.best_step >= 2
+    worse = sum(loss > min(losses[: at + 1]) for at, loss in enumerate(losses))
+    assert re.search(
+        f"{worse} looks at held-out text .* with {100.0**-worse:g} for a rate in the end", record.remarks[0]
+    )
+    # The same as from the beginning at the lower rate, but for what the optimiser knows.
+    slow = healed(small, tmp_path / "slow", quick(words, **{**TOO_FAR, "rate": 0.01}, steps=1)).healing[0]
+    assert losses[2] == pytest.approx(slow.held_out[1].objective, rel=0.05)
+    never = healed(small, tmp_path / "never", quick(words, **{**TOO_FAR, "back_off": 1}, steps=6)).healing[0]
+    assert never.best_step == 0
+
+
 def test_early_stop_keeps_the_best(small: Path, words: Path, tmp_path: Path) -> None:
     """A rate that destroys the model: what is kept are the bytes of before, and training ends after two looks."""
-    settings = quick(words, rate=1.0, warmup=0, clip=1e9, steps=50, measure_every=1, patience=2, schedule="constant")
+    settings = quick(words, **{**TOO_FAR, "back_off": 1}, steps=50, patience=2, schedule="constant")
     healing = healed(small, tmp_path / "out", settings).healing[0]
     assert (healing.stopped, healing.best_step, healing.steps) == ("patience", 0, 2)
     assert (small / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
@@ -843,17 +865,20 @@ def test_healing_lowers_the_loss_of_a_trained_model(stories: Path, data: Path, t
 # ------------------------------------------------------------------------------------------------------------ ended early
 
 
+@pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("ends", [[3], [2, 5], [1, 4, 6]])
 def test_a_training_that_ended_anywhere_ends_in_the_same_bytes(
-    ends: list[int], small: Path, words: Path, tmp_path: Path
+    ends: list[int], far: bool, small: Path, words: Path, tmp_path: Path
 ) -> None:
-    """The step before which it ended, counted from the beginning of each run."""
+    """The step before which it ended, counted from the beginning of each run; `far` takes steps from which it goes back."""
+    settings = quick(words, steps=8, **(TOO_FAR if far else {}))
     for at in ends:
         with pytest.raises(Stop):
-            healed(small, tmp_path / "out", quick(words, steps=8), resume=True, progress=StopAt(at, of="heal"))
+            healed(small, tmp_path / "out", settings, resume=True, progress=StopAt(at, of="heal"))
         assert not (tmp_path / "out").exists()
-    record = healed(small, tmp_path / "out", quick(words, steps=8), resume=True)
-    whole = healed(small, tmp_path / "whole", quick(words, steps=8))
+    record = healed(small, tmp_path / "out", settings, resume=True)
+    whole = healed(small, tmp_path / "whole", settings)
+    assert far == ("went on from the best state" in whole.healing[0].remarks[0])
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert record.healing[0].held_out == whole.healing[0].held_out
     assert record.healing[0].best_step > 0

@@ -202,7 +202,7 @@ def _healing_record(
         steps=state.step,
         best_step=state.best.step,
         stopped=state.stopped,
-        remarks=_remarks(training, settings),
+        remarks=_remarks(training),
         before=state.held_out[0],
         after=state.best,
         held_out=state.held_out,
@@ -217,14 +217,18 @@ def _healing_record(
     )
 
 
-def _remarks(training: Training, settings: HealingSettings) -> list[str]:
+def _remarks(training: Training) -> list[str]:
     """What one should know of the result."""
     state = training.state
     none = (
         f"no state had a smaller loss on held-out text than the first, so all values are as they were; a --rate below "
-        f"{settings.rate:g} may find one, if there is one"
+        f"{training.least_rate:g} may find one, if there is one"
     )
-    told = [state.remark or "", none if state.best.step == 0 else ""]
+    back = (
+        f"{state.gone_back} looks at held-out text found no smaller loss; training went on from the best state, with "
+        f"{training.least_rate:g} for a rate in the end"
+    )
+    told = [state.remark or "", back if state.gone_back else "", none if state.best.step == 0 else ""]
     return [*filter(None, told), "the errors of the layers' fits are those before healing"]
 
 

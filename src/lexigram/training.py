@@ -61,6 +61,8 @@ bits it is too much in either case: SmolLM2-135M at ratio .9 comes from 4.03 to 
 with `double-sparse`, at 1e-2 to 3.04 and nowhere.
 """
 
+BACK_OFF = 4.0
+
 _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that torch has the whole step of AdamW for in one kernel
 _TEXT, _TRAINING = "Text", "Training"
 
@@ -113,7 +115,14 @@ class HealingSettings(BaseModel):
         default=1.0, gt=0, description="The largest norm of the gradient of all values; longer ones are cut to it."
     )
     measure_every: Annotated[int, Shown(_TRAINING)] = Field(
-        default=20, ge=1, description="Steps between two looks at the held-out text."
+        default=10, ge=1, description="Steps between two looks at the held-out text."
+    )
+    back_off: Annotated[float, Shown(_TRAINING)] = Field(
+        default=BACK_OFF,
+        ge=1,
+        allow_inf_nan=False,
+        description="Where a look finds no smaller loss, go on from the best state, with the rate divided by this; 1 goes on "
+        "as it is.",
     )
     patience: Annotated[int, Shown(_TRAINING)] = Field(
         default=5, ge=1, description="Stop after so many looks without a smaller loss; the best state is the result."
@@ -161,13 +170,17 @@ class HealingSettings(BaseModel):
 
 
 class State(BaseModel):
-    """How far a training is. `seconds` are those that it took so far, over all runs; `stopped` tells that it has ended."""
+    """How far a training is. `seconds` are those that it took so far, over all runs; `stopped` tells that it has ended.
+
+    `gone_back` counts how often it went on from the best state, at a lower rate.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     step: int = 0
     seconds: float = 0.0
     held_out: list[HeldOutLoss] = []
+    gone_back: int = 0
     stopped: Stopped | None = None
     remark: str | None = None
 
@@ -255,6 +268,7 @@ class Training:
                 self.state.seconds = time.perf_counter() - began
                 if self.state.step % self.settings.measure_every == 0:
                     self._measure(progress)
+                    self._go_back()
                     self.state.seconds = time.perf_counter() - began
                 if self.state.step % self.settings.save_every == 0:
                     self._save()
@@ -262,6 +276,25 @@ class Training:
             self._measure(progress)
         self.state.seconds = time.perf_counter() - began
         self.state.stopped = stopped
+
+    def _go_back(self) -> None:
+        """To the best state, where the last look found no better one: the steps were too long for what there is to win."""
+        if self.settings.back_off == 1 or not self.state.waited:
+            return
+        self.take_best()
+        for kept in self.optimiser.state.values():
+            kept["exp_avg"].zero_()  # where to, and not how far
+        self.state.gone_back += 1
+
+    @property
+    def least_rate(self) -> float:
+        """What the rate has come down to, whatever its schedule makes of it."""
+        return self.settings.rate / self._slower
+
+    @property
+    def _slower(self) -> float:
+        slower: float = self.settings.back_off**self.state.gone_back
+        return slower
 
     def _ended(self) -> Stopped | None:
         if self.state.waited >= self.settings.patience:
@@ -283,7 +316,7 @@ class Training:
 
     def _step(self, batch: Tensor) -> None:
         for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.rate_at(self.state.step, self.state.seconds)
+            group["lr"] = self.settings.rate_at(self.state.step, self.state.seconds) / self._slower
         self.optimiser.zero_grad(set_to_none=True)
         parts = self.objective.parts(batch)
         with built_once(self.objective.student) if len(parts) > 1 else nullcontext():
