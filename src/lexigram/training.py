@@ -62,6 +62,9 @@ with `double-sparse`, at 1e-2 to 3.04 and nowhere.
 """
 
 BACK_OFF = 4.0
+"""So a rate that is too high costs steps and not the result: SmolLM2-135M in `cospadi` at ratio .4 has a divergence of .0287, at
+2e-3 never less within 40 steps, and at 5e-4 .0234 after them.
+"""
 
 _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that torch has the whole step of AdamW for in one kernel
 _TEXT, _TRAINING = "Text", "Training"
