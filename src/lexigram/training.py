@@ -62,8 +62,8 @@ with `double-sparse`, at 1e-2 to 3.04 and nowhere.
 """
 
 BACK_OFF = 4.0
-"""So a rate that is too high costs steps and not the result: SmolLM2-135M in `cospadi` at ratio .4 has a divergence of .0287, and
-at 2e-3 never less within 40 steps that do not go back, .0265 with those that do (.0234 at 5e-4 from the first).
+"""So a rate that is too high costs steps and not the result: SmolLM2-135M in `cospadi` at ratio .4 has a divergence of .0287;
+at 2e-3 it is never less within 40 steps that do not go back, .0265 with those that do (.0234 at 5e-4 from the first).
 """
 
 _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that torch has the whole step of AdamW for in one kernel
