@@ -774,6 +774,8 @@ def test_a_rate_that_is_too_high_comes_down(small: Path, words: Path, tmp_path: 
     assert losses[2] == pytest.approx(slow.held_out[1].objective, rel=0.05)
     never = healed(small, tmp_path / "never", quick(words, **{**TOO_FAR, "back_off": 1}, steps=6)).healing[0]
     assert never.best_step == 0
+    still = healed(small, tmp_path / "still", quick(words, **{**TOO_FAR, "back_off": 1e300}, steps=4)).healing[0]
+    assert (still.best_step, still.steps) == (0, 4)  # twice as far down is no number but 0
 
 
 def test_early_stop_keeps_the_best(small: Path, words: Path, tmp_path: Path) -> None:

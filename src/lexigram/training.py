@@ -292,12 +292,13 @@ class Training:
     @property
     def least_rate(self) -> float:
         """What the rate has come down to, whatever its schedule makes of it."""
-        return self.settings.rate / self._slower
+        return self.settings.rate * self._share
 
     @property
-    def _slower(self) -> float:
-        slower: float = self.settings.back_off**self.state.gone_back
-        return slower
+    def _share(self) -> float:
+        """Of the rate that is left; a power above 1 could overflow, this one comes to 0."""
+        share: float = self.settings.back_off**-self.state.gone_back
+        return share
 
     def _ended(self) -> Stopped | None:
         if self.state.waited >= self.settings.patience:
@@ -319,7 +320,7 @@ class Training:
 
     def _step(self, batch: Tensor) -> None:
         for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.rate_at(self.state.step, self.state.seconds) / self._slower
+            group["lr"] = self.settings.rate_at(self.state.step, self.state.seconds) * self._share
         self.optimiser.zero_grad(set_to_none=True)
         parts = self.objective.parts(batch)
         with built_once(self.objective.student) if len(parts) > 1 else nullcontext():
