@@ -75,6 +75,11 @@ ROWS: dict[str, list[str]] = {
     "lowrank-sparse, bfloat16, uniform, rank": [*UNIFORM, "--value-bits", "16", "--rank-share", "0.2"],
     "lowrank-sparse, int4": ["--method", "lowrank-sparse", "--value-bits", "4"],
     "lowrank-sparse, int4, uniform": [*UNIFORM, "--value-bits", "4"],
+    "lowrank-sparse, int4, one pass": ["--method", "lowrank-sparse", "--value-bits", "4", "--support", "one-pass"],
+    "lowrank-sparse, int4, one pass, no sweeps": [
+        *["--method", "lowrank-sparse", "--value-bits", "4", "--support", "one-pass", "--sweeps", "0"]
+    ],
+    "lowrank-sparse, int3, one pass": ["--method", "lowrank-sparse", "--value-bits", "3", "--support", "one-pass"],
     "lowrank-sparse, int3": ["--method", "lowrank-sparse", "--value-bits", "3"],
     "lowrank-sparse, int3, uniform": [*UNIFORM, "--value-bits", "3"],
 }

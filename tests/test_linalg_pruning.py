@@ -149,8 +149,24 @@ def test_impossible_totals_are_refused() -> None:
 # --- one pass ----------------------------------------------------------------------------------------------------
 
 
+def as_asked(targets: Tensor, column: int) -> Tensor:
+    return targets
+
+
+def to_steps_of_its_own(targets: Tensor, column: int) -> Tensor:
+    """Coarse, other in every column, with 0 among the values."""
+    step = 0.3 + 0.02 * column
+    return (targets / step).round().clamp(-2, 1) * step
+
+
 def brain_surgeon(
-    weight: Tensor, gram: Tensor, kept: int, pattern: Pattern, order: Tensor, window: int
+    weight: Tensor,
+    gram: Tensor,
+    kept: int,
+    pattern: Pattern,
+    order: Tensor,
+    window: int,
+    storable: Callable[[Tensor, int], Tensor] = as_asked,
 ) -> tuple[Tensor, Tensor]:
     """Column by column, with the inverse of the Gram of those that are left; the mask of a window as it is reached."""
     values, gram = weight[:, order].clone(), gram[order][:, order]
@@ -163,8 +179,10 @@ def brain_surgeon(
             # The cost of dropping a column once those before it are settled: all but the later ones are gone from the Gram.
             prices = torch.stack([1 / torch.linalg.inv(gram[i:, i:])[0, 0] for i in range(j, end)])
             share = (kept // unit * end // cols - kept // unit * j // cols) * unit
-            mask[:, j:end] = pattern.choose(values[:, j:end] ** 2 * prices, share)
-        settled = values[:, j].where(mask[:, j], 0.0)
+            asked = values[:, j:end]
+            stored = torch.stack([storable(values[:, i], int(order[i])) for i in range(j, end)], 1)
+            mask[:, j:end] = pattern.choose(prices * (asked**2 - (asked - stored) ** 2).clamp(min=0), share)
+        settled = storable(values[:, j], int(order[j])).where(mask[:, j], 0.0)
         inverse = torch.linalg.inv(gram[j:, j:])
         values[:, j:] -= ((values[:, j] - settled) / inverse[0, 0])[:, None] * inverse[0]
         values[:, j] = settled
@@ -175,7 +193,10 @@ def brain_surgeon(
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("block", [8, 16, 128])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_it_is_the_brain_surgeon(name: str, block: int, ordered: bool) -> None:
+@pytest.mark.parametrize("storable", [as_asked, to_steps_of_its_own])
+def test_it_is_the_brain_surgeon(
+    name: str, block: int, ordered: bool, storable: Callable[[Tensor, int], Tensor]
+) -> None:
     weight, gram, pattern = normal(6, 40), correlated_gram(40), PATTERNS[name]
     kept = pattern.total((6, 40), None if isinstance(pattern, Consecutive) else 96)
     order = settling_order(gram, pattern) if ordered else torch.arange(40)
@@ -185,15 +206,25 @@ def test_it_is_the_brain_surgeon(name: str, block: int, ordered: bool) -> None:
         kept,
         pattern=pattern,
         order=order if ordered else None,
+        round_column=None if storable is as_asked else storable,
         block=block,
         damping=0.0,
     )
     window = pattern.of if isinstance(pattern, Consecutive) else block
-    values, support = brain_surgeon(weight, gram, kept, pattern, order, window)
+    values, support = brain_surgeon(weight, gram, kept, pattern, order, window, storable)
     assert torch.equal(found.support, support)
     assert torch.allclose(found.values, values, atol=1e-8)
     assert int(found.support.sum()) == kept
     assert fits(found.support, pattern)
+
+
+def test_keeping_everything_while_rounding_is_gptq() -> None:
+    weight, gram = normal(6, 40), correlated_gram(40)
+    order = activation_order(gram)
+    found = surgeon(weight, gram, 240, order=order, round_column=to_steps_of_its_own, block=16)
+    expected = round_carrying(weight, gram, to_steps_of_its_own, order=order)
+    assert torch.allclose(found.values, expected, atol=1e-12)
+    assert bool(found.support.all())
 
 
 def test_damping_of_the_surgeon_is_a_share_of_the_mean_diagonal() -> None:

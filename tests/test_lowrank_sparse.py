@@ -24,7 +24,7 @@ from lexigram.allocation.offers import measured_forms
 from lexigram.factors import Factor, Integer, Product, Sparse, SparseSpec, Sum, SumSpec, factor_spec
 from lexigram.linalg.integers import Stepped, to_steps
 from lexigram.linalg.pruning import prune
-from lexigram.linalg.surgeon import Pruned
+from lexigram.linalg.surgeon import Pruned, settling_order, surgeon
 from lexigram.methods import (
     Budget,
     BudgetTooSmallError,
@@ -340,6 +340,45 @@ def test_nothing_kept_is_nothing_stored(bits: Any) -> None:
     factors = store_pruned(weight, nothing, spec, gram)
     factors.check()
     assert not factors.to_dense().any()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8, 16])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_every_way_to_a_support_stores_the_form_that_was_asked_for(bits: Any, share: float) -> None:
+    """And one pass, which knows what values can be, is better than rounding afterwards as long as nothing is swept."""
+    X, weight = correlated(), normal(64, 32, seed=3)
+    errors = {}
+    for support in ("search", "surgeon", "one-pass"):
+        config = LowRankSparseConfig(value_bits=bits, rank_share=share, support=support, sweeps=0)
+        factors, report = run(config, weight, X, 1 - 0.4 * bits / 16 - 0.07)
+        kept = factors.right if isinstance(factors, Sum) else factors
+        assert isinstance(kept, Sparse)
+        assert int(kept.support().sum()) == kept.spec.nonzeros
+        errors[support] = report.relative_error
+    assert errors["search"] < min(errors["surgeon"], errors["one-pass"])
+    assert errors["one-pass"] < 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_pass_knows_what_values_of_few_bits_can_be(seed: int) -> None:
+    """Its values lose less than those that are rounded once the same pass without rounding has settled them."""
+    weight, gram = normal(48, 128, seed=seed), gram_of(correlated(512, 128)).matrix
+    spec = SparseSpec(rows=48, cols=128, nonzeros=4000, codec=Integer(bits=3, group=128))
+    passed = storing.prune_rounding(weight, spec, gram)
+    assert int(passed.support.sum()) == spec.nonzeros
+    assert max(len(row[kept].unique()) for row, kept in zip(passed.values, passed.support, strict=True)) <= 8
+    settled = surgeon(weight, gram, spec.nonzeros, order=settling_order(gram))
+    nearest = Sparse.encode(settled.values, spec, settled.support).to_dense()
+    assert output_error(weight, passed.values, gram) < 0.95 * output_error(weight, nearest, gram)
+
+
+def test_one_pass_over_fine_values_is_the_surgeons() -> None:
+    weight, gram, _, _ = pruned_and_spec(3, 128, 3)
+    spec = SparseSpec(rows=20, cols=32, nonzeros=301, codec=Integer(bits=8, group=128))
+    settled = surgeon(weight, gram, 301, order=settling_order(gram))
+    passed = storing.prune_rounding(weight, spec, gram)
+    assert torch.equal(passed.values, settled.values)
+    assert torch.equal(passed.support, settled.support)
 
 
 # --- what an allocation may choose -------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from lexigram.targets import Target, decoder_layers
 from lexigram.tensorfiles import TensorFiles
 from lexigram.workers import Workers
 
-_VERSION = 4
+_VERSION = 5
 """Of what a sketch is: curves that were kept with another one are measured again."""
 
 
@@ -62,7 +62,7 @@ class Point(BaseModel):
 
 
 class Curve(BaseModel):
-    """The measured points of one method on one unit."""
+    """The measured points of one method, a sketch, on one unit."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -121,7 +121,7 @@ def decide(
     _keep(file, curves)
     shutil.rmtree(units, ignore_errors=True)
     amount = budget(plan.targets, recipe.ratio, "bytes").amount
-    offered = offers(curves, groups, targets, recipe.measure)
+    offered = offers(curves, recipe.method, groups, targets, recipe.measure)
     if recipe.refine:
         sketches = _Sketches(plan, weight, store, file.with_name(f"{file.stem}-sketches"))
         whole = plan.source.model(plan.device)
@@ -201,13 +201,13 @@ def measure_task(plan: Plan, targets: list[Target], weights: list[Tensor], grams
 
 
 def measured_unit(task: MeasureTask) -> Curves:
-    """The curves of one unit, by every variant of the method, at the measured ratios."""
+    """The curves of one unit, by a sketch of every variant of the method, at the measured ratios."""
     members = [Member(weight, gram) for weight, gram in zip(task.weights, task.grams, strict=True)]
     outputs = {
         target.name: float(member.gram.whitening.whiten(member.weight.float()).square().sum())
         for target, member in zip(task.targets, members, strict=True)
     }
-    found = [_curve(task.seed, method, task.targets, members) for method in variants(task.method)]
+    found = [_curve(task.seed, sketch(method), task.targets, members) for method in variants(task.method)]
     return Curves(curves=tuple(curve for curve in found if curve.points), outputs=outputs)
 
 
@@ -260,7 +260,7 @@ def _sketched(
     seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member], spec: GroupSpec
 ) -> Fitted:
     try:
-        return fit_group(sketch(method), members, spec, torch.Generator().manual_seed(seed))
+        return fit_group(method, members, spec, torch.Generator().manual_seed(seed))
     except ValueError as error:
         raise LexigramError(f"{' + '.join(t.name for t in targets)} cannot be measured: {error}") from error
 
@@ -275,9 +275,9 @@ def _sensitivity(
 
 
 def _file(plan: Plan, groups: Sequence[Sequence[str]], store: GramStore) -> Path:
-    """Where the curves of these groups and this method lie, beside the Grams that decide about them."""
-    offered = [variant.model_dump() for variant in variants(plan.recipe.method)]
-    content = [_VERSION, offered, plan.recipe.seed, [list(names) for names in groups], MEASURED]
+    """Where the curves of these groups and sketches lie, beside the Grams that decide about them."""
+    sketches = [sketch(variant).model_dump() for variant in variants(plan.recipe.method)]
+    content = [_VERSION, sketches, plan.recipe.seed, [list(names) for names in groups], MEASURED]
     return store.folder / f"curves-{_sha256(content)[:16]}.json"
 
 
@@ -302,9 +302,13 @@ def _keep(file: Path, curves: Curves) -> None:
 
 
 def offers(
-    curves: Curves, groups: Sequence[Sequence[str]], targets: dict[str, Target], measure: str
+    curves: Curves,
+    method: MethodConfig,
+    groups: Sequence[Sequence[str]],
+    targets: dict[str, Target],
+    measure: str,
 ) -> list[list[Offer]]:
-    """Every form that every unit may take, with its cost.
+    """Every form that every unit may take by the variants of a method, with its cost.
 
     The cost of an error is by `measure`: its share of the output's energy (`relative`), its energy (`absolute`), or its energy
     times the sensitivity of the loss there (`loss`).
@@ -317,10 +321,17 @@ def offers(
         }[measure]
         for name in targets
     }
-    return [_offers(curves, tuple(names), targets, price) for names in groups]
+    fitted_by = {sketch(variant): cast(AnyMethod, variant) for variant in variants(method)}
+    return [_offers(curves, fitted_by, tuple(names), targets, price) for names in groups]
 
 
-def _offers(curves: Curves, names: tuple[str, ...], targets: dict[str, Target], price: dict[str, float]) -> list[Offer]:
+def _offers(
+    curves: Curves,
+    fitted_by: Mapping[MethodConfig, AnyMethod],
+    names: tuple[str, ...],
+    targets: dict[str, Target],
+    price: dict[str, float],
+) -> list[Offer]:
     members = [targets[name] for name in names]
     keep = GroupSpec(members=tuple(DenseSpec(rows=m.shape[0], cols=m.shape[1]) for m in members))
     # What rounding to bfloat16 does is in every form, and in the reference too.
@@ -340,7 +351,7 @@ def _offers(curves: Curves, names: tuple[str, ...], targets: dict[str, Target], 
             point = min(curve.points, key=lambda each: abs(each.bytes - spec.bytes))
             found.append(
                 Offer(
-                    Unit(members=names, method=curve.method, spec=spec),
+                    Unit(members=names, method=fitted_by[curve.method], spec=spec),
                     cost,
                     Unit(members=names, method=curve.method, spec=measured[point.bytes]),
                     _scales(curve, point, spec.bytes),

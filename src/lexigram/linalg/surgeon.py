@@ -6,9 +6,13 @@ squared error of values ``q`` for a row ``c`` is ``sum_j L_jj^2 (t_j - q_j)^2``,
 (c_i - q_i)`` is what column j is asked for once those before it are settled. Dropping it costs ``L_jj^2 t_j^2``: SparseGPT's
 score, its diagonal of the factored inverse being ``1 / L_jj``. No inverse is formed.
 
-Values only; a support that was chosen elsewhere is fitted better by `pruning.refit`.
+A kept value need not be what it is asked for: where it can only be stored rounded to ``r_j``, the same pass is GPTQ's, and what
+keeping an entry gains is ``L_jj^2 (t_j^2 - (t_j - r_j)^2)``. Support and few-bit values are then chosen together.
+
+A support that was chosen elsewhere is fitted better by `pruning.refit`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +36,7 @@ def surgeon(
     *,
     pattern: Pattern = ANYWHERE,
     order: Tensor | None = None,
+    round_column: Callable[[Tensor, int], Tensor] | None = None,
     block: int = 128,
     damping: float = DAMPING,
 ) -> Pruned:
@@ -44,6 +49,8 @@ def surgeon(
         pattern: where they may be.
         order: the columns (in,) in the order in which they are settled; by default from left to right. Columns that belong
             together in `pattern` stay together: see `settling_order`.
+        round_column: ``(targets (out,), column) -> (out,)``: the nearest storable values of that column of the weight; by
+            default values are kept as they are asked for.
         block: columns among which entries are chosen together, rounded down to whole groups of the pattern.
         damping: share of the mean diagonal of the Gram that is added to its diagonal; `rounding.FLOOR` of the trace where
             this is too little.
@@ -69,6 +76,7 @@ def surgeon(
     targets = wanted.clone()
     support = torch.empty(wanted.shape, dtype=torch.bool, device=weight.device)
     grain = pattern.grain(shape)
+    columns = order.tolist()
     block = max(1, block // pattern.width) * pattern.width
     window = pattern.width if pattern.fixed else block
     for low in range(0, cols, block):
@@ -80,9 +88,13 @@ def surgeon(
                 end = min(high, row + window)
                 asked = targets[row:end] + carry[row:end, low:row] @ lost[:inside]
                 asked = _settled(wanted[row:end], asked, carry[row:end, row:end])
+                missed = _missed(asked, columns[row:end], round_column)
+                gain = (asked.square_() - missed.square_()).clamp_min_(0.0) * price[row:end, None]
                 share = (kept // grain * end // cols - kept // grain * row // cols) * grain
-                support[row:end] = pattern.choose((asked.square_() * price[row:end, None]).T, share).T
+                support[row:end] = pattern.choose(gain.T, share).T
             target = targets[row] + carry[row, low:row] @ lost[:inside]
+            if round_column is not None:
+                target = round_column(target, columns[row])
             targets[row] = target.where(support[row], 0.0)
             lost[inside] = wanted[row] - targets[row]
         targets[high:].addmm_(carry[high:, low:high], lost)
@@ -109,6 +121,13 @@ def _settled(wanted: Tensor, asked: Tensor, carry: Tensor) -> Tensor:
     With ``l = wanted - result`` and the carry ``I + N``: ``result = asked + N l``, so that ``(I + N) l = wanted - asked``.
     """
     return wanted - torch.linalg.solve_triangular(carry, wanted - asked, upper=False, unitriangular=True)
+
+
+def _missed(asked: Tensor, columns: list[int], round_column: Callable[[Tensor, int], Tensor] | None) -> Tensor:
+    """What kept values are off by, (w, n), of what the columns of a window are asked for."""
+    if round_column is None:
+        return torch.zeros_like(asked)
+    return asked - torch.stack([round_column(row, column) for row, column in zip(asked, columns, strict=True)])
 
 
 def _lower(gram: Tensor, damping: float) -> Tensor:

@@ -36,7 +36,7 @@ from lexigram.methods.base import (
     variants,
 )
 from lexigram.methods.quantize import QuantizeConfig, QuantizedBits
-from lexigram.methods.storing import BITS, Damping, ValueBits, ValueGroup, store_pruned
+from lexigram.methods.storing import BITS, Damping, ValueBits, ValueGroup, prune_rounding, store_pruned
 from lexigram.methods.sums import largest_sum, sizes, stored_sum
 from lexigram.shown import FORM, Shown
 
@@ -60,6 +60,8 @@ _SKETCH_ROUNDS = 12
 _REFITTED = 0.4
 """What is left of the energy of dropped entries once the others make up for it; of layers of a real model."""
 
+Support = Literal["search", "surgeon", "one-pass"]
+
 
 class LowRankSparseConfig(MethodConfig):
     """Form and effort.
@@ -79,9 +81,12 @@ class LowRankSparseConfig(MethodConfig):
         default=None, description=BITS
     )
     value_group: ValueGroup = 128
-    rounds: int = Field(
-        default=ROUNDS, ge=0, description="Of the search for a support; 0 takes SparseGPT's pass instead."
+    support: Support = Field(
+        default="search",
+        description="How entries are chosen: by a `search`, in SparseGPT's pass (`surgeon`) before they are rounded, or in "
+        "`one-pass` with their rounding by GPTQ.",
     )
+    rounds: int = Field(default=ROUNDS, ge=1, description="Of the search for a support.")
     sweeps: int = Field(
         default=SWEEPS,
         ge=0,
@@ -142,7 +147,7 @@ def _(config: LowRankSparseConfig) -> tuple[float, float]:
 @sketch.register
 def _(config: LowRankSparseConfig) -> LowRankSparseConfig:
     """One pass."""
-    return config.model_copy(update={"rounds": 0, "sweeps": 0})
+    return config.model_copy(update={"support": "surgeon", "sweeps": 0})
 
 
 @fit.register
@@ -157,7 +162,7 @@ def _(
 
     def sparse(kept: SparseSpec, rest: Tensor) -> Sparse:
         if found is None:
-            wanted = _entries(config, rest, inputs, entries)
+            wanted = _entries(config, rest, inputs, kept)
         else:  # values that were found beside the low-rank part know nothing of its rounding
             values = refit(rest, inputs, found.support, found.values, damping=config.damping)
             wanted = Pruned(values, found.support)
@@ -180,7 +185,7 @@ def _low_rank(
         return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1]), None
     damped = gram.clone()
     damped.diagonal().add_(config.damping * gram.diagonal().mean())
-    if not config.rounds:
+    if config.support != "search":
         begun = low_rank_sparse(
             weight, damped, rank, entries, by_row=False, rounds=0, refits=0, start_rounds=_SKETCH_ROUNDS
         )
@@ -189,10 +194,12 @@ def _low_rank(
     return found.left, found.right, Pruned(found.sparse, found.support)
 
 
-def _entries(config: LowRankSparseConfig, rest: Tensor, gram: Tensor, entries: int) -> Pruned:
-    if not config.rounds:
-        return surgeon(rest, gram, entries, damping=config.damping)
-    return prune(rest, gram, entries, rounds=config.rounds, damping=config.damping)
+def _entries(config: LowRankSparseConfig, rest: Tensor, gram: Tensor, spec: SparseSpec) -> Pruned:
+    if config.support == "surgeon":
+        return surgeon(rest, gram, spec.nonzeros, damping=config.damping)
+    if config.support == "one-pass":
+        return prune_rounding(rest, spec, gram, damping=config.damping)
+    return prune(rest, gram, spec.nonzeros, rounds=config.rounds, damping=config.damping)
 
 
 def _low_rank_bits(bits: ValueBits) -> ValueBits:

@@ -27,7 +27,8 @@ from lexigram.factors import (
 from lexigram.linalg.integers import ROUNDS, Steps, to_steps
 from lexigram.linalg.rounding import DAMPING, activation_order, round_carrying, round_carrying_on_support
 from lexigram.linalg.selection import largest_indicator
-from lexigram.linalg.surgeon import Pruned
+from lexigram.linalg.support import Rows, wanda
+from lexigram.linalg.surgeon import Pruned, settling_order, surgeon
 from lexigram.methods.base import factored
 from lexigram.shown import FORM, Shown
 
@@ -143,13 +144,44 @@ def store_pruned(
         sweeps: over the values, each with a refit of their scales.
         damping: share of the Gram's mean diagonal that is added to its diagonal.
     """
-    codec = spec.codec
-    if codec.bits >= 8 or not isinstance(codec, Integer) or spec.block != (1, 1):
+    codec = _coarse(spec)
+    if codec is None:
         return Sparse.encode(pruned.values, spec, pruned.support)
     strength = gram.diagonal() + damping * gram.diagonal().mean()
     grid = codec.grid(pruned.values[pruned.support], strength.expand_as(weight)[pruned.support])
     values, grid = _stepped(weight, pruned, codec, grid, gram, sweeps, damping)
     return Sparse.encode(values, spec, pruned.support, grid)
+
+
+def prune_rounding(weight: Tensor, spec: SparseSpec, gram: Tensor, *, damping: float = DAMPING) -> Pruned:
+    """Support and values of few bits in one pass: SparseGPT's choice inside GPTQ's rounding, in activation order.
+
+    Which values share a scale where they are stored is not known before the support is. So the pass has a grid for every row
+    and run of inputs, as wide as that many kept values take on average, its clipping searched over the entries that Wanda
+    would keep; `store_pruned` then gives the values scales of their own.
+
+    Args:
+        weight: (out, in).
+        spec: the leaf; values that `store_pruned` rounds to nearest are not rounded here.
+        gram: (in, in).
+        damping: share of the Gram's mean diagonal that is added to its diagonal.
+    """
+    kept, codec, order = spec.nonzeros, _coarse(spec), settling_order(gram)
+    if codec is None or not kept:
+        return surgeon(weight, gram, kept, order=order, damping=damping)
+    rows, cols = weight.shape
+    likely = wanda(weight, gram, -(-kept // rows) * rows, Rows())
+    alike = Integer(bits=codec.bits, group=group_size(cols, codec.group * weight.numel() // kept))
+    strength = gram.diagonal() + damping * gram.diagonal().mean()
+    grid = alike.grid(weight * likely, strength)
+    return surgeon(
+        weight,
+        gram,
+        kept,
+        order=order,
+        round_column=lambda targets, column: alike.round(targets, grid.at((slice(None), column))),
+        damping=damping,
+    )
 
 
 def store_low_rank(left: Tensor, right: Tensor, spec: ProductSpec, gram: Tensor) -> Product:
@@ -172,6 +204,11 @@ def store_low_rank(left: Tensor, right: Tensor, spec: ProductSpec, gram: Tensor)
         return rows @ gram.double() @ rows.T
 
     return Product(store_dense(left, outer, seen), stored)
+
+
+def _coarse(spec: SparseSpec) -> Integer | None:
+    """The codec of entries that are rounded one after the other; None where each is rounded to nearest."""
+    return spec.codec if isinstance(spec.codec, Integer) and spec.codec.bits < 8 and spec.block == (1, 1) else None
 
 
 def _stepped(
