@@ -23,6 +23,7 @@ PAPER = ["--rho", "2", "--value-bits", "14", "--dictionary-bits", "16"]
 """The form of the CoSpaDi paper, from `fast`'s solver."""
 
 UNIFORM = ["--method", "lowrank-sparse", "--allocation", "uniform"]
+GLOBAL = ["--method", "lowrank-sparse", "--allocation", "global"]
 
 ROWS: dict[str, list[str]] = {
     "svd": ["--method", "svd"],
@@ -81,6 +82,9 @@ ROWS: dict[str, list[str]] = {
     ],
     "lowrank-sparse, int3, one pass": ["--method", "lowrank-sparse", "--value-bits", "3", "--support", "one-pass"],
     "lowrank-sparse, int3": ["--method", "lowrank-sparse", "--value-bits", "3"],
+    "lowrank-sparse, global": GLOBAL,
+    "lowrank-sparse, int4, global": [*GLOBAL, "--value-bits", "4"],
+    "lowrank-sparse, bfloat16, global": [*GLOBAL, "--value-bits", "16"],
     "lowrank-sparse, int3, uniform": [*UNIFORM, "--value-bits", "3"],
 }
 """What distinguishes the rows; `quantize` has its own bytes whatever the ratio."""

@@ -253,7 +253,10 @@ def test_a_single_name_needs_no_list() -> None:
             "sequential calibration needs a layer's factors before the next layer is run, and share 'consecutive' gives",
         ),
         ({"share": "matched", "sequential": True}, "sequential calibration needs a layer's factors before the next"),
-        ({"accounting": "paper", "allocation": "knapsack"}, "the knapsack counts stored bytes; leave the accounting"),
+        (
+            {"accounting": "paper", "allocation": "knapsack"},
+            "the allocation knapsack counts stored bytes; leave the accounting",
+        ),
         ({"share": "matched", "group": 3}, "share 'matched' takes no group; leave group out, or share consecutive"),
         (
             {"method": {"name": "wanda"}, "share": "site"},
@@ -273,7 +276,7 @@ def test_a_single_name_needs_no_list() -> None:
         ),
         (
             {"method": {"name": "lowrank-sparse"}, "accounting": "paper"},
-            "the knapsack counts stored bytes; leave the accounting `paper` out, or take uniform",
+            "the allocation knapsack counts stored bytes; leave the accounting `paper` out, or take uniform",
         ),
         (
             {"method": {"name": "wanda", "pattern": "bad"}},

@@ -18,7 +18,7 @@ from lexigram.calibration.loss import loss_a_token
 from lexigram.calibration.store import GramStore
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec, GroupSpec
-from lexigram.factors.indices import INDICES, IndexName
+from lexigram.factors.indices import INDICES, IndexName, index_prices
 from lexigram.linalg.budget import keep_best, project
 from lexigram.linalg.policy_gradient import BernoulliPolicy, sample, started, update
 from lexigram.methods import Budget, CapConfig
@@ -246,15 +246,12 @@ def _indexed(config: CapConfig, members: Sequence[Target], whole: Budget, index:
     """What an index takes whatever it holds is set aside, with what packing may round up; the rest an entry pays."""
     fixed, costs = 0, []
     for rows, cols in (target.shape for target in members):
-        none, every = (
-            sum(tensor.bytes for tensor in INDICES[index](rows, cols, (1, 1), count).stored().values())
-            for count in (0, rows * cols)
-        )
+        none, each = index_prices(index, rows, cols)
         # Three leaves and a list may each fill up a byte; integers a last group too, with its scale, and a byte of zeros.
-        fixed += none + (every > none) + 3 * (0 if config.value_bits == 16 else 1 if config.value_bits >= 10 else 6)
+        fixed += none + (each > 0) + 3 * (0 if config.value_bits == 16 else 1 if config.value_bits >= 10 else 6)
         # Groups of a right factor divide its rows, and so may be smaller.
         running, dividing = (
             codec(config.value_bits, config.value_group, width).bits_per_value for width in (None, cols)
         )
-        costs += [running * rows + dividing * cols, running + 8 * (every - none) / (rows * cols)]
+        costs += [running * rows + dividing * cols, running + each]
     return _Prices(8.0 * (whole.amount - fixed), costs)

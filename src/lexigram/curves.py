@@ -1,7 +1,8 @@
 """What every unit loses at every size, and the allocation that follows. Fits sketches through the methods, writes no model.
 
-A few sketches of each unit are measured, sizes in between are interpolated, and a knapsack spends one budget over the whole
-model. The curves are plain data and can be kept for another ratio.
+A few sketches of each unit are measured and sizes in between are interpolated, or, for the allocation `global`, many sizes are
+told from what the single parts of a weight are worth. A knapsack spends one budget over the whole model. The curves are
+plain data and can be kept for another ratio.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 from lexigram.allocation.knapsack import interpolated
 from lexigram.allocation.matching import pair_distance, pairs
-from lexigram.allocation.offers import GRID, MEASURED, form_at, measured_forms
+from lexigram.allocation.offers import GRID, MEASURED, RANKED, form_at, measured_forms
 from lexigram.allocation.uniform import budget, uniform
 from lexigram.allocation.units import Allocation, Unit
 from lexigram.calibration.sensitivity import output_sensitivity
@@ -39,9 +40,9 @@ from lexigram.methods import (
     QuantizeConfig,
     fit_group,
 )
-from lexigram.methods.base import sketch, variants
+from lexigram.methods.base import estimates, sketch, variants
 from lexigram.planning import SENSITIVITY_SEQUENCES, Plan
-from lexigram.recipe import UNIFORM
+from lexigram.recipe import GLOBAL, UNIFORM
 from lexigram.refinement import Offer, allocated, refine
 from lexigram.running import Stages
 from lexigram.targets import Target, decoder_layers
@@ -53,16 +54,20 @@ _VERSION = 5
 
 
 class Point(BaseModel):
-    """One measured size of one unit: each member's squared output error, as a share of its squared output."""
+    """One size of one unit: each member's squared output error, as a share of its squared output.
+
+    `spec` is there where the size stands for one form alone, and nothing is told about those in between.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     bytes: int
     errors: tuple[float, ...]
+    spec: GroupSpec | None = None
 
 
 class Curve(BaseModel):
-    """The measured points of one method, a sketch, on one unit."""
+    """The points of one method on one unit: a sketch that was measured, or a variant whose parts were ranked."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -186,9 +191,13 @@ def matched_pairs(
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """The weights (out, in) of a unit's members with the Grams of their inputs, to be sketched in every form of the method."""
+    """The weights (out, in) of a unit's members with the Grams of their inputs, to be sketched in every form of the method.
+
+    With `ranks` their single parts are ranked instead.
+    """
 
     method: MethodConfig
+    ranks: bool
     seed: int
     targets: list[Target]
     weights: list[Tensor]
@@ -197,17 +206,20 @@ class MeasureTask:
 
 def measure_task(plan: Plan, targets: list[Target], weights: list[Tensor], grams: list[Gram]) -> MeasureTask:
     """What is to be measured of the matrices of one unit."""
-    return MeasureTask(plan.recipe.method, plan.recipe.seed, targets, weights, grams)
+    return MeasureTask(plan.recipe.method, plan.recipe.allocation == GLOBAL, plan.recipe.seed, targets, weights, grams)
 
 
 def measured_unit(task: MeasureTask) -> Curves:
-    """The curves of one unit, by a sketch of every variant of the method, at the measured ratios."""
+    """The curves of one unit, by every variant of the method."""
     members = [Member(weight, gram) for weight, gram in zip(task.weights, task.grams, strict=True)]
     outputs = {
         target.name: float(member.gram.whitening.whiten(member.weight.float()).square().sum())
         for target, member in zip(task.targets, members, strict=True)
     }
-    found = [_curve(task.seed, sketch(method), task.targets, members) for method in variants(task.method)]
+    if task.ranks:
+        found = _ranked(task.method, task.targets, members)
+    else:
+        found = [_curve(task.seed, sketch(method), task.targets, members) for method in variants(task.method)]
     return Curves(curves=tuple(curve for curve in found if curve.points), outputs=outputs)
 
 
@@ -230,7 +242,8 @@ def _measured(
         with store.using(target.site for target in members) as grams:
             return measure_task(plan, members, [weight(name) for name in names], [grams[t.site] for t in members])
 
-    with progress.stage("measure the layers' curves", len(groups)) as step:
+    stage = "rank the layers' parts" if plan.recipe.allocation == GLOBAL else "measure the layers' curves"
+    with progress.stage(stage, len(groups)) as step:
         for _ in found:
             step()
         for curves in pool.run(measured_unit, map(task, [names for names in files if names not in found])):
@@ -256,6 +269,23 @@ def _curve(seed: int, method: MethodConfig, targets: Sequence[Target], members: 
     return Curve(members=tuple(t.name for t in targets), method=cast(AnyMethod, method), points=tuple(points.values()))
 
 
+def _ranked(method: MethodConfig, targets: Sequence[Target], members: Sequence[Member]) -> list[Curve]:
+    """Of a unit of one matrix."""
+    (target,), (member,) = targets, members
+    amounts = [int((1 - ratio) * target.dense_bytes) for ratio in RANKED]
+    points: dict[MethodConfig, list[Point]] = {}
+    try:
+        for form in estimates(method, *member, amounts):
+            spec = GroupSpec(members=(form.spec,))
+            points.setdefault(form.method, []).append(Point(bytes=spec.bytes, errors=(form.error,), spec=spec))
+    except ValueError as error:
+        raise LexigramError(f"{target.name} cannot be ranked: {error}") from error
+    return [
+        Curve(members=(target.name,), method=cast(AnyMethod, variant), points=tuple(each))
+        for variant, each in points.items()
+    ]
+
+
 def _sketched(
     seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member], spec: GroupSpec
 ) -> Fitted:
@@ -276,8 +306,9 @@ def _sensitivity(
 
 def _file(plan: Plan, groups: Sequence[Sequence[str]], store: GramStore) -> Path:
     """Where the curves of these groups and sketches lie, beside the Grams that decide about them."""
-    sketches = [sketch(variant).model_dump() for variant in variants(plan.recipe.method)]
-    content = [_VERSION, sketches, plan.recipe.seed, [list(names) for names in groups], MEASURED]
+    ranks, sketches = plan.recipe.allocation == GLOBAL, variants(plan.recipe.method)
+    told = [(each if ranks else sketch(each)).model_dump() for each in sketches]
+    content = [_VERSION, told, plan.recipe.seed, [list(names) for names in groups], RANKED if ranks else MEASURED]
     return store.folder / f"curves-{_sha256(content)[:16]}.json"
 
 
@@ -342,6 +373,13 @@ def _offers(
         costs = [
             sum(price[name] * error for name, error in zip(names, point.errors, strict=True)) for point in curve.points
         ]
+        found += [
+            Offer(Unit(members=names, method=curve.method, spec=point.spec), cost)
+            for point, cost in zip(curve.points, costs, strict=True)
+            if point.spec is not None
+        ]
+        if curve.points[0].spec is not None:
+            continue
         sizes = [point.bytes for point in curve.points]
         wanted = [form_at(curve.method, members, ratio) for ratio in (GRID if len(sizes) > 1 else (0.0,))]
         specs = [spec for spec in wanted if spec is not None]

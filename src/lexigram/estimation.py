@@ -20,7 +20,6 @@ from lexigram.gram import Gram
 from lexigram.memory import BATCH_TOKENS
 from lexigram.methods.base import chooses, decompose, trials
 from lexigram.planning import SENSITIVITY_SEQUENCES, Plan
-from lexigram.recipe import KNAPSACK
 from lexigram.targets import Target, decoder_layers
 from lexigram.weights import Weights
 from lexigram.workers import Workers
@@ -70,7 +69,7 @@ def estimated_seconds(prepared: Plan) -> dict[str, float]:
     sequential = prepared.recipe.sequential
     found["calibrate"] *= 2 if sequential else 1
     fit, allocate = _all_fits(prepared, alike, weights, grams)
-    if prepared.recipe.allocation == KNAPSACK:
+    if prepared.recipe.by_curves:
         found["allocate"] = allocate / prepared.way.workers + 3 * forward * min(SENSITIVITY_SEQUENCES, sequences)
     elif chooses(prepared.recipe.method):
         found["allocate"] = allocate + forward * sequences * trials(prepared.recipe.method).runs
@@ -112,7 +111,7 @@ def _fits(prepared: Plan, members: list[Target], weights: Weights, grams: list[G
             unit = Unit(members=tuple(target.name for target in members), method=recipe.method, spec=spec)
             task = FitTask(unit, own, grams, recipe.correction, recipe.seed)
             a_fit, _ = _timed(lambda: list(here.run(fitted, [task])))
-        if recipe.allocation != KNAPSACK:
+        if not recipe.by_curves:
             return a_fit, 0.0
         measured = measure_task(prepared, members, own, grams)
         return a_fit, _timed(lambda: list(here.run(measured_unit, [measured])))[0]

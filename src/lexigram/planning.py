@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lexigram.allocation.matching import consecutive, coupled, same_site, siblings
-from lexigram.allocation.offers import check_reach
+from lexigram.allocation.offers import MEASURED, RANKED, check_reach
 from lexigram.allocation.uniform import budget, uniform
 from lexigram.allocation.units import Allocation
 from lexigram.calibration.text import read_texts
@@ -256,10 +256,11 @@ def _allocation(recipe: Recipe, targets: list[Target], groups: list[tuple[str, .
                     f"lets {' and '.join(unit.members)} share; leave one of the two out"
                 )
         return replayed
-    if groups is None or recipe.allocation == KNAPSACK or chooses(recipe.method):
+    if groups is None or recipe.by_curves or chooses(recipe.method):
         amount = budget(targets, recipe.ratio, recipe.accounting).amount
-        if groups is not None and recipe.allocation == KNAPSACK:
-            check_reach(recipe.method, [[by_name[name] for name in names] for names in groups], amount)
+        if groups is not None and recipe.by_curves:
+            ratios = MEASURED if recipe.allocation == KNAPSACK else RANKED
+            check_reach(recipe.method, [[by_name[name] for name in names] for names in groups], amount, ratios)
         return None
     return uniform(groups, by_name, recipe.method, recipe.ratio, recipe.accounting)
 
@@ -361,7 +362,5 @@ def _needs(
         whole=tried * whole + drawn * candidate * sum(target.weight_count for target in targets),
         held=0 if source.streams(skeleton) else whole,
         compared=_compared(recipe, sum(target.weight_count for target in targets)),
-        sensitivity_sequences=SENSITIVITY_SEQUENCES
-        if recipe.allocation == KNAPSACK and recipe.measure == "loss"
-        else 0,
+        sensitivity_sequences=SENSITIVITY_SEQUENCES if recipe.by_curves and recipe.measure == "loss" else 0,
     )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lexigram.allocation.uniform import Accounting
 from lexigram.errors import LexigramError
 from lexigram.methods import METHODS, PRESETS, AnyMethod, CospadiConfig, QuantizeConfig
-from lexigram.methods.base import chooses, couples, shares
+from lexigram.methods.base import chooses, couples, ranks, shares
 from lexigram.shown import CALIBRATION, FORM, MACHINE, Shown
 
 SELF = "self"
@@ -84,7 +84,7 @@ class Recipe(BaseModel):
     allocation: Annotated[str, Shown(metavar=f"{UNIFORM}|{KNAPSACK}|{GLOBAL}|FILE")] = Field(
         default=UNIFORM,
         description=f"How the bytes are spent over the layers: `{UNIFORM}`, the same share of each; `{KNAPSACK}`, where they "
-        f"lower the error most; `{GLOBAL}`, for cap, by ranking the parts of all layers together; FILE, as in the "
+        f"lower the error most; `{GLOBAL}`, by a ranking of the parts of all layers (cap, lowrank-sparse); FILE, as in the "
         "allocation.json of an earlier result.",
     )
     measure: Literal["loss", "relative", "absolute"] = Field(
@@ -170,12 +170,14 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"the method {self.method.name} chooses over the original model's layers together; leave sequential out"
             )
-        if self.allocation == GLOBAL and not chooses(self.method):
+        if self.allocation == GLOBAL and not (chooses(self.method) or ranks(self.method)):
             raise ValueError(f"the allocation global is not for {self.method.name}; take uniform, knapsack or a file")
         if self.accounting == "paper" and isinstance(self.method, QuantizeConfig):
             raise ValueError("the accounting `paper` counts values, and quantisation removes none; leave it out")
-        if self.accounting == "paper" and self.allocation == KNAPSACK:
-            raise ValueError("the knapsack counts stored bytes; leave the accounting `paper` out, or take uniform")
+        if self.accounting == "paper" and self.by_curves:
+            raise ValueError(
+                f"the allocation {self.allocation} counts stored bytes; leave the accounting `paper` out, or take uniform"
+            )
         if self.refine and self.allocation != KNAPSACK:
             raise ValueError(
                 f"refine moves the costs of the knapsack, and the allocation is {self.allocation}; leave refine out"
@@ -186,6 +188,11 @@ class Recipe(BaseModel):
         if self.share != "consecutive" and self.group != 2:
             raise ValueError(f"share {self.share!r} takes no group; leave group out, or share consecutive")
         return self
+
+    @property
+    def by_curves(self) -> bool:
+        """Whether the bytes are spent by what every unit would lose at every size."""
+        return self.allocation == KNAPSACK or (self.allocation == GLOBAL and ranks(self.method))
 
     @classmethod
     def parse(cls, content: dict[str, Any], where: str = "the recipe", option_of: OptionOf = no_option) -> "Recipe":

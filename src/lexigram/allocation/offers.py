@@ -15,6 +15,9 @@ MEASURED = (0.1, 0.35, 0.6, 0.8, 0.92)
 GRID = tuple(step / 50 for step in range(1, 47))
 """Ratios that the knapsack chooses among; errors between the measured ones are interpolated."""
 
+RANKED = (*(step / 50 for step in range(1, 50)), 0.985, 0.99, 0.995)
+"""Ratios of the forms whose parts are ranked."""
+
 
 def form_at(method: MethodConfig, members: Sequence[Target], ratio: float) -> GroupSpec | None:
     """The form that has removed `ratio` of the members' bytes; None where the method has none so small.
@@ -32,28 +35,32 @@ def form_at(method: MethodConfig, members: Sequence[Target], ratio: float) -> Gr
         raise LexigramError(f"{' + '.join(m.name for m in members)} {members[0].shape}: {error}") from error
 
 
-def measured_forms(method: MethodConfig, members: Sequence[Target]) -> list[GroupSpec]:
-    """The forms at the measured ratios, the largest first, no size twice.
+def measured_forms(
+    method: MethodConfig, members: Sequence[Target], ratios: Sequence[float] = MEASURED
+) -> list[GroupSpec]:
+    """The forms at these ratios, ascending, where they are of use: the largest first, no size twice.
 
     Raises:
         LexigramError: where the method has none for such a shape.
     """
     least, most = useful(method)
-    forms = [form_at(method, members, ratio) for ratio in MEASURED if least <= ratio <= most]
+    forms = [form_at(method, members, ratio) for ratio in ratios if least <= ratio <= most]
     return list({form.bytes: form for form in reversed(forms) if form is not None}.values())[::-1]
 
 
-def check_reach(method: MethodConfig, groups: Sequence[Sequence[Target]], amount: int) -> None:
-    """Raise LexigramError where the smallest forms that are offered for all groups need more than `amount` bytes."""
+def check_reach(
+    method: MethodConfig, groups: Sequence[Sequence[Target]], amount: int, ratios: Sequence[float] = MEASURED
+) -> None:
+    """Raise LexigramError where the smallest forms at these ratios need, of all groups, more than `amount` bytes."""
     fewest = 0
     for members in groups:
         dense = sum(member.dense_bytes for member in members)
-        forms = [form for variant in variants(method) for form in measured_forms(variant, members)]
+        forms = [form for variant in variants(method) for form in measured_forms(variant, members, ratios)]
         fewest += min((form.bytes for form in forms), default=dense)
     if fewest > amount:
         before = sum(member.dense_bytes for members in groups for member in members)
         raise LexigramError(
             f"a budget of {amount} bytes is too small for the knapsack: the smallest forms that it offers, of {method.name} at "
-            f"most {max(MEASURED):g} removed, need {fewest}, a ratio of {1 - fewest / before:.3f}; lower the ratio, or take "
+            f"most {max(ratios):g} removed, need {fewest}, a ratio of {1 - fewest / before:.3f}; lower the ratio, or take "
             "the allocation uniform"
         )

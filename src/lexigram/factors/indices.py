@@ -139,3 +139,12 @@ class ColumnList(Index):
 
 IndexName = Literal["bitmask", "list"]
 INDICES: dict[IndexName, type[Index]] = {"bitmask": Bitmask, "list": ColumnList}
+
+
+def index_prices(name: IndexName, rows: int, cols: int) -> tuple[int, float]:
+    """What an index of single entries takes whatever it holds, in bytes, and what each entry adds, in bits on average."""
+    none, every = (
+        sum(tensor.bytes for tensor in INDICES[name](rows, cols, (1, 1), count).stored().values())
+        for count in (0, rows * cols)
+    )
+    return none, 8 * (every - none) / (rows * cols)

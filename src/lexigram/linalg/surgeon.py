@@ -67,7 +67,7 @@ def surgeon(
     order = torch.arange(cols, device=weight.device) if order is None else order.to(weight.device)
     _check_order(order, cols, pattern)
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    factor = _lower(gram.to(torch.float64)[order][:, order], damping)
+    factor = lower(gram.to(torch.float64)[order][:, order], damping)
     pivots = factor.diagonal().clone()
     carry, price = (factor / pivots[:, None]).to(work), pivots.square().to(work)
 
@@ -130,8 +130,8 @@ def _missed(asked: Tensor, columns: list[int], round_column: Callable[[Tensor, i
     return asked - torch.stack([round_column(row, column) for row, column in zip(asked, columns, strict=True)])
 
 
-def _lower(gram: Tensor, damping: float) -> Tensor:
-    """``L``, lower triangular, with ``L^T L = gram + damping I``; an all-zero Gram counts as 1s."""
+def lower(gram: Tensor, damping: float) -> Tensor:
+    """``L``, lower triangular, with ``L^T L`` the Gram, damped as in `surgeon`; an all-zero Gram counts as 1s."""
     if not bool(torch.isfinite(gram).all()):
         raise ValueError("the Gram has entries that are not finite; the calibration activations overflowed")
     trace = gram.trace()

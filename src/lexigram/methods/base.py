@@ -206,6 +206,35 @@ def variants(config: MethodConfig) -> list[MethodConfig]:
     return [config]
 
 
+class Estimate(NamedTuple):
+    """A form that a weight may take, how it is fitted, and what it would lose: the share of the outputs' squared norm."""
+
+    method: MethodConfig
+    spec: FactorSpec
+    error: float
+
+
+@singledispatch
+def estimates(config: MethodConfig, weight: Tensor, gram: Gram, amounts: Sequence[int]) -> list[Estimate]:
+    """Forms of a weight by all `variants` with what they would lose, told from what their single parts are worth; no fits.
+
+    Args:
+        config: its type chooses the function.
+        weight: (out, in).
+        gram: of the inputs, (in, in).
+        amounts: bytes that the forms are to have, about.
+
+    Raises:
+        ValueError: for a weight that is not finite.
+    """
+    raise NotImplementedError(f"{type(config).__name__} does not rank single parts")
+
+
+def ranks(config: MethodConfig) -> bool:
+    """Whether the method can tell what forms lose by ranking their parts."""
+    return estimates.dispatch(type(config)) is not estimates.dispatch(MethodConfig)
+
+
 class Candidates(NamedTuple):
     """What a weight ``(out, in)`` is split into, for a choice over the whole model: ``left diag(values) right + S``.
 
