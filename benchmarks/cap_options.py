@@ -10,20 +10,17 @@ seed and as means: perplexity, the layers' mean relative error, and how robust P
 """
 
 import argparse
-import math
 import re
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from recording import DATA, write
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from recording import write
+from stories import CONTEXT, MODEL, compressed, means, perplexity, texts
 
-import lexigram
-from lexigram import Calibration, CapConfig, Recipe
+from lexigram import CapConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -71,10 +68,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Fields of `CapConfig` that are not as they are by default; the name may say how long sequences are."""
 
-CONTEXT = 512
-TOKENS = 64 * CONTEXT
-"""Of the calibration."""
-
 
 def main() -> None:
     """Measure, print and record."""
@@ -84,48 +77,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    text = (DATA / "tinystories" / "tinystories.txt").read_text(encoding="utf-8")
-    cut = len(text) * 9 // 10
-    model = DATA / "stories260K"
+    text, held_out = texts()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        (work / "text.txt").write_text(text[:cut], encoding="utf-8")
-        dense = perplexity(model, text[cut:])
+        (work / "text.txt").write_text(text, encoding="utf-8")
+        dense = perplexity(MODEL, held_out)
         print("dense", round(dense, 3), flush=True)
         for ratio in options.ratios:
             for name in options.only:
-                runs = [run(work, model, name, ratio, seed, text[cut:]) for seed in options.seeds]
-                means = {key: statistics.fmean(each[key] for each in runs) for key in runs[0]}
-                # Of perplexities the geometric one, as their logarithms are what differs alike.
-                means["perplexity"] = math.exp(statistics.fmean(math.log(each["perplexity"]) for each in runs))
+                runs = [run(work, name, ratio, seed, held_out) for seed in options.seeds]
+                mean = means(runs)
                 fields = {"fields": VARIANTS[name], "length": length_of(name)}
-                rows.append({"row": name, **fields, "ratio": ratio, "mean": means, "runs": runs})
-                print(ratio, name, {key: float(f"{value:.4g}") for key, value in means.items()}, flush=True)
+                rows.append({"row": name, **fields, "ratio": ratio, "mean": mean, "runs": runs})
+                print(ratio, name, {key: float(f"{value:.4g}") for key, value in mean.items()}, flush=True)
     print(write("cap-options", {"dense": dense, "seeds": options.seeds, "rows": rows}))
 
 
-def run(work: Path, model: Path, name: str, ratio: float, seed: int, held_out: str) -> dict[str, float]:
+def run(work: Path, name: str, ratio: float, seed: int, held_out: str) -> dict[str, float]:
     """Figures of one compression."""
-    out = work / f"{len(list(work.iterdir()))}"
-    length = length_of(name)
-    recipe = Recipe(
-        model=str(model),
-        method=CapConfig(**VARIANTS[name]),
-        ratio=ratio,
-        calibration=Calibration(text=(str(work / "text.txt"),), sequences=TOKENS // length, length=length, seed=seed),
-        seed=seed,
-        device="cpu",
-        compute_dtype="float32",
-    )
-    start = time.perf_counter()
-    record = lexigram.compress(recipe, out)
+    method = CapConfig(**VARIANTS[name])
+    record, figures = compressed(work, seed, held_out, length=length_of(name), method=method, ratio=ratio)
     return {
-        "perplexity": perplexity(out, held_out),
-        "mean_relative_error": record.mean_relative_error,
+        **figures,
         "robust_pca_iterations": statistics.fmean(each.fit.details["robust_pca_iterations"] for each in record.layers),
         "robust_pca_converged": statistics.fmean(each.fit.status == "converged" for each in record.layers),
-        "seconds": time.perf_counter() - start,
     }
 
 
@@ -133,13 +109,6 @@ def length_of(name: str) -> int:
     """Tokens of a sequence in a variant."""
     found = re.match(r"sequences of (\d+)", name)
     return int(found[1]) if found else CONTEXT
-
-
-def perplexity(folder: Path, text: str) -> float:
-    """Of a model, on a text."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return lexigram.evaluate(model.eval(), tokenizer, text, context=CONTEXT).token_perplexity
 
 
 if __name__ == "__main__":
