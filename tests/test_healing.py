@@ -1289,7 +1289,10 @@ def test_peft_refuses_compressed_layers_by_name(small: Path) -> None:
     import peft
 
     model = lexigram.load(small)
-    with pytest.raises(ValueError, match=r"Target module FactoredLinear\((?s:.*)is not supported"):
+    refusal = (
+        r"Target module FactoredLinear\((?s:.*)trained by `lexigram heal`, not through adapters(?s:.*)is not supported"
+    )
+    with pytest.raises(ValueError, match=refusal):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="No `target_modules` passed"):  # nothing is left for it
         peft.get_peft_model(lexigram.load(small), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))

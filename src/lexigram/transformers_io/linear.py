@@ -49,6 +49,11 @@ class FactoredLinear(nn.Module):
         """Output dimension."""
         return self.factors.spec.rows
 
+    def extra_repr(self) -> str:
+        """What stands between the parentheses where the module is printed; PEFT's refusal of a layer prints it too."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, compressed: its values are trained by `lexigram heal`, not through adapters"
+
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (..., out) of inputs (..., in), in the dtype of the inputs (under autocast, of autocast)."""
         y: Tensor = self.factors(x)
