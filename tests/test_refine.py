@@ -1,4 +1,4 @@
-"""The refinement of the knapsack's costs by losses: its gradient, its draws, and the runs that it changes.
+"""The refinement of sizes and rank shares by losses: its gradient, its draws, and the runs that it changes.
 
 The oracles: an integral over the Gaussian, losses known by construction, and the bytes of other runs.
 """
@@ -22,7 +22,7 @@ from lexigram.factors import GroupSpec
 from lexigram.linalg.policy_gradient import GaussianPolicy, pair_gradient, update_by_pair
 from lexigram.methods import LowRankSparseConfig
 from lexigram.methods.sums import sum_spec
-from lexigram.refinement import Offer, chosen, refine
+from lexigram.refinement import Moves, Offer, chosen, refine
 from lexigram.running import Silent
 from lexigram.tensorfiles import TensorFiles
 
@@ -115,23 +115,55 @@ def offers_of(costs: list[list[tuple[int, int, float]]], shape: tuple[int, int] 
     return found
 
 
-def test_theta_is_of_a_unit_and_phi_of_its_forms_with_ranks() -> None:
-    both = [(0, 100, 8.0), (0, 500, 1.0), (3, 300, 0.9)]
-    offers = offers_of([both, both])
-    small, large = (offers[0][at].unit.spec.bytes for at in (0, 1))
-    rank = offers[0][2].unit.spec.bytes
-    amount = small + max(large, rank)
+def moves_of(offers: list[list[Offer]], amount: int) -> Callable[..., list[int]]:
+    """Which form each unit takes, by the sizes' logarithms and the rank shares' changes."""
+    moved = Moves(offers, chosen(offers, amount), amount)
 
-    def picks(factors: list[list[float]]) -> list[int]:
-        taken = chosen(offers, amount, torch.tensor(factors, dtype=torch.float64))
+    def picks(sizes: list[float], shares: list[float] | None = None) -> list[int]:
+        taken = moved(torch.tensor([sizes, shares or [0.0] * len(sizes)], dtype=torch.float64))
+        assert sum(offer.unit.spec.bytes for offer in taken) <= amount
         return [unit.index(offer) for unit, offer in zip(offers, taken, strict=True)]
 
-    assert picks([[1.0, 0.0], [0.0, 0.0]]) == [2, 0]
-    assert picks([[0.0, 1.0], [0.0, 0.0]]) == [0, 2]
-    assert picks([[1.0, 0.0], [1.0, 0.0]]) == [1, 0]
-    assert picks([[0.0, 1.0], [0.0, 1.0]]) == [0, 1]
-    plain = [unit.index(offer) for unit, offer in zip(offers, chosen(offers, amount), strict=True)]
-    assert plain == picks([[0.7, 0.7], [0.0, 0.0]])
+    return picks
+
+
+def test_sizes_move_against_each_other_within_the_budget() -> None:
+    offers = offers_of([curve(1.0)] * 3)
+    amount = sum(unit[8].unit.spec.bytes for unit in offers)
+    picks = moves_of(offers, amount)
+    assert picks([0.0, 0.0, 0.0]) == [8, 8, 8]
+    assert picks([0.7, 0.7, 0.7]) == [8, 8, 8]
+    first, second, third = picks([0.5, 0.0, -0.5])
+    assert first > second > third
+    assert first + second + third > 3 * 8 - 3
+    assert picks([9.0, 0.0, 0.0])[0] == len(offers[0]) - 1
+
+
+def test_shares_move_units_to_forms_with_ranks_and_back() -> None:
+    """The second unit is where the knapsack has put ranks; the third knows none."""
+    both = [(0, entries, math.exp(-entries / 200)) for entries in range(50, 1000, 50)]
+    dearer = [(3, entries, 0.9 * cost) for _, entries, cost in both]
+    beside = [(3, entries, 0.1 * cost) for _, entries, cost in both]
+    offers = offers_of([both + dearer, both + beside, both])
+    amount = sum(unit[10].unit.spec.bytes for unit in offers)
+    ranks = [
+        unit[pick].unit.spec.members[0].form
+        for unit, pick in zip(offers, moves_of(offers, amount)([0.0] * 3), strict=True)
+    ]
+    assert ranks == ["sparse", "sum", "sparse"]
+
+    def forms(shares: list[float]) -> list[str]:
+        taken = moves_of(offers, amount)([0.0] * 3, shares)
+        return [unit[pick].unit.spec.members[0].form for unit, pick in zip(offers, taken, strict=True)]
+
+    assert forms([0.5, 0.0, 0.5]) == ["sum", "sum", "sparse"]
+    assert forms([0.0, -0.5, -0.5]) == ["sparse", "sparse", "sparse"]
+
+
+def test_what_has_no_room_for_ranks_goes_without() -> None:
+    offers = offers_of([[(0, 50, 3.0), (3, 300, 1.0)], [(0, 50, 3.0), (0, 200, 1.0)]])
+    amount = offers[0][0].unit.spec.bytes + offers[1][1].unit.spec.bytes
+    assert moves_of(offers, amount)([0.0, 0.0], [1.0, 0.0]) == [0, 1]
 
 
 class Loss:
@@ -165,12 +197,13 @@ def test_bytes_move_to_a_unit_whose_curve_lies(plan_of: Callable[[int], Any], mo
     loss = Loss(monkeypatch, [1.0, 1.0, 20.0, 1.0])
     sizes: list[int] = []
 
-    def spy(*args: Any) -> list[Offer]:
-        found = chosen(*args)
-        sizes.append(sum(offer.unit.spec.bytes for offer in found))
-        return found
+    class Spy(Moves):
+        def __call__(self, moves: Tensor) -> list[Offer]:
+            found = super().__call__(moves)
+            sizes.append(sum(offer.unit.spec.bytes for offer in found))
+            return found
 
-    monkeypatch.setattr(refinement, "chosen", spy)
+    monkeypatch.setattr(refinement, "Moves", Spy)
     model, ids = torch.nn.Linear(1, 1), torch.zeros(8, 16, dtype=torch.long)
 
     def weights(offer: Offer) -> dict[str, Tensor]:

@@ -91,7 +91,9 @@ class Recipe(BaseModel):
         default="loss", description="What the knapsack counts as the cost of an error."
     )
     refine: int = Field(
-        default=0, ge=0, description="Steps that move the knapsack's costs by the loss of the models that they lead to."
+        default=0,
+        ge=0,
+        description="Steps that move sizes and rank shares from the knapsack's by the loss of the models they lead to.",
     )
     sequential: Annotated[bool, Shown(CALIBRATION)] = Field(
         default=False, description="Calibrate every layer on inputs from the already compressed ones."
@@ -180,7 +182,7 @@ class Recipe(BaseModel):
             )
         if self.refine and self.allocation != KNAPSACK:
             raise ValueError(
-                f"refine moves the costs of the knapsack, and the allocation is {self.allocation}; leave refine out"
+                f"refine begins at the knapsack, and the allocation is {self.allocation}; leave refine out"
                 + ("" if chooses(self.method) or couples(self.method) else f", or take the allocation {KNAPSACK}")
             )
         if self.refine and self.calibration.sequences < 2:
