@@ -85,6 +85,7 @@ ROWS: dict[str, list[str]] = {
     "lowrank-sparse, global": GLOBAL,
     "lowrank-sparse, int4, global": [*GLOBAL, "--value-bits", "4"],
     "lowrank-sparse, bfloat16, global": [*GLOBAL, "--value-bits", "16"],
+    "lowrank-sparse, int3, refined": ["--method", "lowrank-sparse", "--value-bits", "3", "--refine", "10"],
     "lowrank-sparse, int3, uniform": [*UNIFORM, "--value-bits", "3"],
 }
 """What distinguishes the rows; `quantize` has its own bytes whatever the ratio."""
