@@ -1,8 +1,8 @@
 """What an entry of a weight is worth: three prices against what SparseGPT loses in the end, on matrices of `demo`.
 
-Of every matrix and share of entries that is kept, the squared error of SparseGPT's values and, by each price, the sum over the
-entries that it would drop: Wanda's, where no other entry makes up for one that is dropped, the brain surgeon's, where all do, and
-the geometric mean of both that `--allocation global` ranks by.
+Of every matrix and share of entries that is kept, the squared error of SparseGPT's values over the sum, by each price, of the
+entries that would be dropped: Wanda's, where no other entry makes up for one, the brain surgeon's, where all others do, and the
+geometric mean of both that `--allocation global` ranks by.
 
     python benchmarks/entry_prices.py
 """
