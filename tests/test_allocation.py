@@ -356,7 +356,7 @@ def test_the_knapsacks_reach_is_known_before_any_work(recipe: Build) -> None:
         plan(recipe(**settings, ratio=0.95))
     reach = float(re.search(r"a ratio of (0\.\d{3})", str(error.value))[1])  # type: ignore[index]
     plan(recipe(**settings, ratio=reach - 0.001))
-    with pytest.raises(LexigramError, match="too small for the knapsack"):
+    with pytest.raises(LexigramError, match="too small: the smallest forms"):
         plan(recipe(**settings, ratio=reach + 0.001))
 
 

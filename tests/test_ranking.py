@@ -115,6 +115,14 @@ def test_only_methods_of_single_parts_are_ranked() -> None:
         estimates(LowRankSparseConfig(), weight, gram_of(correlated()), AMOUNTS)
 
 
+def test_widths_that_no_group_divides_are_ranked_without_whole_matrices() -> None:
+    """Scales of single values cost more than bfloat16."""
+    cols = 131
+    forms = estimates(LowRankSparseConfig(), normal(12, cols), gram_of(correlated(width=cols)), [12 * cols, 6 * cols])
+    assert forms
+    assert not any(form.method.name == "quantize" and form.method.value_bits == 8 for form in forms)  # type: ignore[attr-defined]
+
+
 # --- over a whole model -----------------------------------------------------------------------------------------
 
 
@@ -159,5 +167,5 @@ def test_what_the_ranking_cannot_do_is_refused_before_any_work(words: Path, tmp_
     ):
         with pytest.raises(LexigramError, match=message):
             recipe(toy, words, 0.5, **more)
-    with pytest.raises(LexigramError, match="too small for the knapsack: the smallest forms"):
+    with pytest.raises(LexigramError, match="too small: the smallest forms among which the allocation chooses"):
         lexigram.plan(recipe(toy, words, 0.999))

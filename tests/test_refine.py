@@ -18,7 +18,7 @@ from conftest import toy_folder
 from lexigram import LexigramError, Recipe, curves, refinement
 from lexigram.allocation.knapsack import choose
 from lexigram.allocation.units import Unit
-from lexigram.factors import GroupSpec
+from lexigram.factors import GroupSpec, SumSpec
 from lexigram.linalg.policy_gradient import GaussianPolicy, pair_gradient, update_by_pair
 from lexigram.methods import LowRankSparseConfig
 from lexigram.methods.sums import sum_spec
@@ -158,6 +158,23 @@ def test_shares_move_units_to_forms_with_ranks_and_back() -> None:
 
     assert forms([0.5, 0.0, 0.5]) == ["sum", "sum", "sparse"]
     assert forms([0.0, -0.5, -0.5]) == ["sparse", "sparse", "sparse"]
+
+
+def test_where_nothing_moves_the_allocation_is_the_knapsacks() -> None:
+    """Also where the forms of one unit have low-rank parts of several shares."""
+    wide = (576, 576)
+    forms = [
+        (rank, entries, math.exp(-entries / 1e5 - 0.2 * rank))
+        for rank in (0, 4, 12)
+        for entries in range(10**4, 3 * 10**5, 10**4)
+    ]
+    offers = offers_of([forms, [(rank, entries, 3 * cost) for rank, entries, cost in forms]], wide)
+    for share in (0.1, 0.2, 0.4):
+        amount = int(share * 2 * 2 * 576 * 576)
+        first = chosen(offers, amount)
+        assert any(isinstance(offer.unit.spec.members[0], SumSpec) for offer in first)
+        found = Moves(offers, first, amount)(torch.zeros(2, 2, dtype=torch.float64))
+        assert sum(offer.cost for offer in found) == pytest.approx(sum(offer.cost for offer in first))
 
 
 def test_what_has_no_room_for_ranks_goes_without() -> None:

@@ -67,7 +67,7 @@ class Point(BaseModel):
 
 
 class Curve(BaseModel):
-    """The points of one method on one unit: a sketch that was measured, or a variant whose parts were ranked."""
+    """The points of one method, a sketch, on one unit: measured, or told from its parts."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -277,12 +277,12 @@ def _ranked(method: MethodConfig, targets: Sequence[Target], members: Sequence[M
     try:
         for form in estimates(method, *member, amounts):
             spec = GroupSpec(members=(form.spec,))
-            points.setdefault(form.method, []).append(Point(bytes=spec.bytes, errors=(form.error,), spec=spec))
+            points.setdefault(sketch(form.method), []).append(Point(bytes=spec.bytes, errors=(form.error,), spec=spec))
     except ValueError as error:
         raise LexigramError(f"{target.name} cannot be ranked: {error}") from error
     return [
-        Curve(members=(target.name,), method=cast(AnyMethod, variant), points=tuple(each))
-        for variant, each in points.items()
+        Curve(members=(target.name,), method=cast(AnyMethod, quick), points=tuple(each))
+        for quick, each in points.items()
     ]
 
 
@@ -306,9 +306,9 @@ def _sensitivity(
 
 def _file(plan: Plan, groups: Sequence[Sequence[str]], store: GramStore) -> Path:
     """Where the curves of these groups and sketches lie, beside the Grams that decide about them."""
-    ranks, sketches = plan.recipe.allocation == GLOBAL, variants(plan.recipe.method)
-    told = [(each if ranks else sketch(each)).model_dump() for each in sketches]
-    content = [_VERSION, told, plan.recipe.seed, [list(names) for names in groups], RANKED if ranks else MEASURED]
+    ratios = RANKED if plan.recipe.allocation == GLOBAL else MEASURED
+    sketches = [sketch(variant).model_dump() for variant in variants(plan.recipe.method)]
+    content = [_VERSION, sketches, plan.recipe.seed, [list(names) for names in groups], ratios]
     return store.folder / f"curves-{_sha256(content)[:16]}.json"
 
 
@@ -374,7 +374,7 @@ def _offers(
             sum(price[name] * error for name, error in zip(names, point.errors, strict=True)) for point in curve.points
         ]
         found += [
-            Offer(Unit(members=names, method=curve.method, spec=point.spec), cost)
+            Offer(Unit(members=names, method=fitted_by[curve.method], spec=point.spec), cost)
             for point, cost in zip(curve.points, costs, strict=True)
             if point.spec is not None
         ]

@@ -88,7 +88,7 @@ class Recipe(BaseModel):
         "allocation.json of an earlier result.",
     )
     measure: Literal["loss", "relative", "absolute"] = Field(
-        default="loss", description="What the knapsack counts as the cost of an error."
+        default="loss", description="What an allocation that chooses counts as the cost of an error."
     )
     refine: int = Field(
         default=0,

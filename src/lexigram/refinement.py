@@ -85,16 +85,18 @@ class Moves:
     def __init__(self, offers: Sequence[Sequence[Offer]], first: Sequence[Offer], amount: int) -> None:
         self._amount = amount
         self._sizes = [offer.unit.spec.bytes for offer in first]
-        self._shares = [_rank_share(offer) for offer in first]
         beside = [[share for offer in unit if (share := _rank_share(offer))] for unit in offers]
         self._offered = [sum(shares) / len(shares) if shares else math.inf for shares in beside]
+        # A unit's forms differ in their shares; where a unit stands is on one side or the other, and as far as all forms are.
+        self._shares = [
+            offered if _rank_share(offer) else 0.0 for offer, offered in zip(first, self._offered, strict=True)
+        ]
         self._fronts = [{ranks: _front(unit, ranks) for ranks in (False, True)} for unit in offers]
 
     def __call__(self, moves: Tensor) -> list[Offer]:
         """The forms of all units, within the budget, by ``theta`` and ``phi`` of each, (2, units)."""
         sizes = [size * math.exp(by) for size, by in zip(self._sizes, moves[0].tolist(), strict=True)]
         shares = [share + by for share, by in zip(self._shares, moves[1].tolist(), strict=True)]
-        # An offered share is one for all forms, so that half of it is where the two kinds part.
         fronts = [
             front[share > offered / 2]
             for front, share, offered in zip(self._fronts, shares, self._offered, strict=True)

@@ -60,7 +60,7 @@ def check_reach(
     if fewest > amount:
         before = sum(member.dense_bytes for members in groups for member in members)
         raise LexigramError(
-            f"a budget of {amount} bytes is too small for the knapsack: the smallest forms that it offers, of {method.name} at "
-            f"most {max(ratios):g} removed, need {fewest}, a ratio of {1 - fewest / before:.3f}; lower the ratio, or take "
+            f"a budget of {amount} bytes is too small: the smallest forms among which the allocation chooses, of {method.name} "
+            f"at most {max(ratios):g} removed, need {fewest}, a ratio of {1 - fewest / before:.3f}; lower the ratio, or take "
             "the allocation uniform"
         )

@@ -55,7 +55,7 @@ def ranked(values: Tensor, entries: Tensor, costs: tuple[float, float], allowed:
     order = (worth / cost).argsort(descending=True, stable=True)
     spent, gained = (each[order].cumsum(0, dtype=torch.float64) for each in (cost, worth))
     ranks = (order < len(values)).cumsum(0)
-    counts = torch.searchsorted(spent, torch.tensor(allowed).to(spent), right=True).tolist()
+    counts = torch.searchsorted(spent, spent.new_tensor(allowed), right=True).tolist()
     return [
         Kept(int(ranks[count - 1]), count - int(ranks[count - 1]), float(gained[count - 1]))
         if count

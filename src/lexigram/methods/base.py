@@ -3,7 +3,7 @@
 Both are chosen by the type of the config. They are pure: no files, no globals, randomness from the generator given. A new
 method is one file with a config class and these two functions registered for it, and one entry in `lexigram.methods`. It may
 add `layout_shared` and `fit_shared`, for matrices that share a leaf, or `layout_coupled` and `fit_coupled`, for matrices that
-lose the same channels, and `variants`, `sketch` and `useful`, for the knapsack to choose.
+lose the same channels, and `variants`, `sketch`, `useful` and `estimates`, for an allocation to choose.
 """
 
 from collections.abc import Sequence

@@ -9,6 +9,7 @@ How large each part is, in how many bits, or whether a weight is better off with
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
@@ -79,7 +80,11 @@ class LowRankSparseConfig(MethodConfig):
 
     Without `value_bits` an allocation chooses them; where each layer has its own budget, what loses least of normally
     distributed weights. Without `rank_share` it chooses that too; where each layer has its own budget, there is no low-rank
-    part. Low-rank factors have 8 bits or more.
+    part. Low-rank factors have 8 bits or more. The allocation `global` takes what `rank_share` comes to, at the middle of the
+    ratios, for the most ranks.
+
+    One pass is over values of fewer than 8 bits; finer ones are not rounded in it. Its values are rounded once more where they
+    get the scales that are stored, since these depend on the support.
     """
 
     allocation: ClassVar[str] = "knapsack"
@@ -182,18 +187,22 @@ def _(config: LowRankSparseConfig, weight: Tensor, gram: Gram, amounts: Sequence
         coarse = missed[bits, ranked_too]
         if isinstance(variant, QuantizeConfig):
             lost = float((coarse * price).sum(dtype=torch.float64))
-            found.append(Estimate(variant, layout(variant, shape, Budget(dense)), _SEARCHED * lost / whole))
+            with suppress(BudgetTooSmallError):  # groups of few values may cost more than bfloat16
+                found.append(Estimate(variant, layout(variant, shape, Budget(dense)), _SEARCHED * lost / whole))
             continue
         energy = rest.square()
         worth = (energy - coarse).clamp_min_(0.0).mul_(price)
         total = float((energy * price).sum(dtype=torch.float64) + values.sum(dtype=torch.float64))
         least, most = useful(variant)
         sought = [amount for amount in amounts if least <= 1 - amount / dense <= most]
+        share = _SEARCHED_BESIDE if ranked_too else _SEARCHED
         for kept in _best(shape, variant, values, worth, sought):
-            fine = _low_rank_bits(bits)
-            spec = sum_spec(shape, kept.values, kept.entries, bits, variant.value_group, low_rank_bits=fine)
-            share = _SEARCHED_BESIDE if kept.values else _SEARCHED
-            found.append(Estimate(variant, spec, share * (total - kept.worth) / whole))
+            if (
+                bool(kept.values) == ranked_too
+            ):  # of no ranks the weight itself tells more than what ranks have left of it
+                fine = _low_rank_bits(bits)
+                spec = sum_spec(shape, kept.values, kept.entries, bits, variant.value_group, low_rank_bits=fine)
+                found.append(Estimate(variant, spec, share * max(0.0, total - kept.worth) / whole))
     return found
 
 
@@ -254,8 +263,11 @@ def _pool(config: LowRankSparseConfig, weight: Tensor, gram: Tensor) -> tuple[Te
     beside = [each for each in variants(config) if isinstance(each, LowRankSparseConfig) and each.rank_share]
     if not beside:
         return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])
-    ratio = sum(useful(beside[0])) / 2
-    spec = layout(beside[0], (weight.shape[0], weight.shape[1]), Budget(int((1 - ratio) * 2 * weight.numel())))
+    ratio, shape = sum(useful(beside[0])) / 2, (weight.shape[0], weight.shape[1])
+    try:
+        spec = layout(beside[0], shape, Budget(int((1 - ratio) * 2 * weight.numel())))
+    except BudgetTooSmallError:
+        return weight.new_zeros(shape[0], 0), weight.new_zeros(0, shape[1])
     left, right, _ = _low_rank(config.model_copy(update={"support": "surgeon"}), weight, gram, *sizes(spec))
     return left, right
 
