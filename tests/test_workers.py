@@ -287,6 +287,7 @@ def test_ray_with_one_worker() -> None:
 # Processes of this machine.
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_bytes_within_memory(here: dict[str, Made], tmp_path: Path) -> None:
     with Workers(2) as pool:
         found = {made.name: made for made in pool.run(fit_task, fit_tasks())}
