@@ -368,39 +368,38 @@ def _offers(
     # What rounding to bfloat16 does is in every form, and in the reference too.
     found = [Offer(Unit(members=names, method=QuantizeConfig(value_bits=16), spec=keep), 0.0)]
     for curve in curves.curves:
-        if curve.members != names:
-            continue
-        costs = [
-            sum(price[name] * error for name, error in zip(names, point.errors, strict=True)) for point in curve.points
-        ]
-        found += [
-            Offer(Unit(members=names, method=fitted_by[curve.method], spec=point.spec), cost)
-            for point, cost in zip(curve.points, costs, strict=True)
-            if point.spec is not None
-        ]
-        if curve.points[0].spec is not None:
-            continue
-        sizes = [point.bytes for point in curve.points]
-        wanted = [form_at(curve.method, members, ratio) for ratio in (GRID if len(sizes) > 1 else (0.0,))]
-        specs = [spec for spec in wanted if spec is not None]
-        at = interpolated(sizes, costs, [spec.bytes for spec in specs])
-        measured = _measured_forms(curve, members)
-        for spec, cost in zip(specs, at, strict=True):
-            point = min(curve.points, key=lambda each: abs(each.bytes - spec.bytes))
-            found.append(
-                Offer(
-                    Unit(members=names, method=fitted_by[curve.method], spec=spec),
-                    cost,
-                    Unit(members=names, method=curve.method, spec=measured[point.bytes]),
-                    _scales(curve, point, spec.bytes),
-                )
-            )
+        if curve.members == names:
+            costs = [
+                sum(price[name] * error for name, error in zip(names, point.errors, strict=True))
+                for point in curve.points
+            ]
+            offered = _as_told if curve.points[0].spec else _in_between
+            found += offered(curve, fitted_by[curve.method], members, costs)
     return found
 
 
-def _measured_forms(curve: Curve, members: Sequence[Target]) -> dict[int, GroupSpec]:
-    """By their bytes."""
-    return {form.bytes: form for form in measured_forms(curve.method, members)}
+def _as_told(curve: Curve, method: AnyMethod, members: Sequence[Target], costs: Sequence[float]) -> list[Offer]:
+    """The forms that the points of a curve stand for."""
+    return [
+        Offer(Unit(members=curve.members, method=method, spec=point.spec), cost)
+        for point, cost in zip(curve.points, costs, strict=True)
+        if point.spec is not None
+    ]
+
+
+def _in_between(curve: Curve, method: AnyMethod, members: Sequence[Target], costs: Sequence[float]) -> list[Offer]:
+    """Forms of many sizes, by the measured ones around each."""
+    sizes = [point.bytes for point in curve.points]
+    wanted = [form_at(curve.method, members, ratio) for ratio in (GRID if len(sizes) > 1 else (0.0,))]
+    specs = [spec for spec in wanted if spec is not None]
+    measured = {form.bytes: form for form in measured_forms(curve.method, members)}
+    found = []
+    for spec, cost in zip(specs, interpolated(sizes, costs, [spec.bytes for spec in specs]), strict=True):
+        point = min(curve.points, key=lambda each: abs(each.bytes - spec.bytes))
+        sketched = Unit(members=curve.members, method=curve.method, spec=measured[point.bytes])
+        unit = Unit(members=curve.members, method=method, spec=spec)
+        found.append(Offer(unit, cost, sketched, _scales(curve, point, spec.bytes)))
+    return found
 
 
 def _scales(curve: Curve, point: Point, size: int) -> tuple[float, ...]:

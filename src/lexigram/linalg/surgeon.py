@@ -88,8 +88,10 @@ def surgeon(
                 end = min(high, row + window)
                 asked = targets[row:end] + carry[row:end, low:row] @ lost[:inside]
                 asked = _settled(wanted[row:end], asked, carry[row:end, row:end])
-                missed = _missed(asked, columns[row:end], round_column)
-                gain = (asked.square_() - missed.square_()).clamp_min_(0.0) * price[row:end, None]
+                gain = asked.square()
+                if round_column is not None:
+                    gain.sub_(_missed(asked, columns[row:end], round_column).square_()).clamp_min_(0.0)
+                gain.mul_(price[row:end, None])
                 share = (kept // grain * end // cols - kept // grain * row // cols) * grain
                 support[row:end] = pattern.choose(gain.T, share).T
             target = targets[row] + carry[row, low:row] @ lost[:inside]
@@ -123,10 +125,8 @@ def _settled(wanted: Tensor, asked: Tensor, carry: Tensor) -> Tensor:
     return wanted - torch.linalg.solve_triangular(carry, wanted - asked, upper=False, unitriangular=True)
 
 
-def _missed(asked: Tensor, columns: list[int], round_column: Callable[[Tensor, int], Tensor] | None) -> Tensor:
+def _missed(asked: Tensor, columns: list[int], round_column: Callable[[Tensor, int], Tensor]) -> Tensor:
     """What kept values are off by, (w, n), of what the columns of a window are asked for."""
-    if round_column is None:
-        return torch.zeros_like(asked)
     return asked - torch.stack([round_column(row, column) for row, column in zip(asked, columns, strict=True)])
 
 

@@ -301,13 +301,10 @@ def _best(
         allowed, entries = [8.0 * (amount - fixed) for fixed, _ in prices], [entry + each for _, each in prices]
         best = max(range(len(prices)), key=lambda index: allowed[index] / entries[index])
         budgets[best].append(allowed[best])
-    found = [
-        kept
-        for allowed, (_, each) in zip(budgets, prices, strict=True)
-        for kept in (
-            ranked(values, worth, (column * shape[0] + row * shape[1], entry + each), allowed) if allowed else []
-        )
-    ]
+    found: list[Kept] = []
+    for allowed, (_, each) in zip(budgets, prices, strict=True):
+        if allowed:
+            found += ranked(values, worth, (column * shape[0] + row * shape[1], entry + each), allowed)
     return [kept for kept in dict.fromkeys(found) if kept.values or kept.entries]
 
 
