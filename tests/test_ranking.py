@@ -14,7 +14,7 @@ from conftest import toy_folder
 from drawn import correlated, gram_of, normal
 from lexigram import LexigramError, Recipe
 from lexigram.factors import DenseSpec, SumSpec
-from lexigram.linalg.ranking import input_prices, ranked
+from lexigram.linalg.ranking import Limit, input_prices, ranked
 from lexigram.methods import LowRankSparseConfig, SvdConfig, fit
 from lexigram.methods.base import Estimate, estimates, ranks
 from lexigram.methods.sums import sizes
@@ -33,19 +33,19 @@ def test_prices_lie_between_those_of_wanda_and_of_the_brain_surgeon() -> None:
     assert torch.allclose(input_prices(even, damping=0.0), even.diagonal())
 
 
-def test_the_ranking_takes_what_is_worth_most_for_its_cost() -> None:
+@pytest.mark.parametrize("level", [1.0, 40.0, 1e4])
+def test_the_ranking_takes_what_is_worth_most_for_its_cost(level: float) -> None:
     """One part after the other by hand, until the next would be too dear."""
-    values, entries = normal(5, seed=1).square().sort(descending=True).values * 40, normal(6, 7, seed=2).square()
+    values, entries = normal(5, seed=1).square().sort(descending=True).values * level, normal(6, 7, seed=2).square()
     costs = (13.0, 1.0)
     parts = [(float(worth), costs[0], True) for worth in values]
     parts += [(float(worth), costs[1], False) for worth in entries.flatten()]
     parts.sort(key=lambda part: -part[0] / part[1])
-    for allowed, kept in zip(
-        budgets := [-1.0, 0.0, 1.0, 20.0, 60.0, 1000.0], ranked(values, entries, costs, budgets), strict=True
-    ):
+    limits = [Limit(total, *costs) for total in (-1.0, 0.0, 1.0, 13.0, 20.0, 60.0, 1000.0)]
+    for limit, kept in zip(limits, ranked(values, entries, limits), strict=True):
         spent, taken = 0.0, []
         for part in parts:
-            if spent + part[1] > allowed:
+            if spent + part[1] > limit.total:
                 break
             spent, taken = spent + part[1], [*taken, part]
         assert (kept.values, kept.entries) == (sum(part[2] for part in taken), sum(not part[2] for part in taken))

@@ -41,24 +41,33 @@ def input_prices(gram: Tensor, *, damping: float = DAMPING) -> Tensor:
     return (factor.square().sum(0) / inverse.square().sum(1)).sqrt()
 
 
-def ranked(values: Tensor, entries: Tensor, costs: tuple[float, float], allowed: Sequence[float]) -> list[Kept]:
-    """The parts that one ranking by worth per cost keeps within each budget.
+class Limit(NamedTuple):
+    """What all parts may cost that are kept, and what a singular value and an entry cost, in any unit."""
+
+    total: float
+    value: float
+    entry: float
+
+
+def ranked(values: Tensor, entries: Tensor, limits: Sequence[Limit]) -> list[Kept]:
+    """The parts that one ranking by worth per cost keeps within each limit, up to the first that would be too dear.
 
     Args:
         values: what each singular value is worth, (r,), descending.
         entries: what each entry is worth, any shape, from 0 up.
-        costs: of a singular value and of an entry, in any unit.
-        allowed: the budgets, in this unit.
+        limits: as many as are asked for; the entries are sorted once.
     """
-    worth = torch.cat([values.to(entries), entries.reshape(-1)])
-    cost = torch.cat([worth.new_full((len(values),), costs[0]), worth.new_full((entries.numel(),), costs[1])])
-    order = (worth / cost).argsort(descending=True, stable=True)
-    spent, gained = (each[order].cumsum(0, dtype=torch.float64) for each in (cost, worth))
-    ranks = (order < len(values)).cumsum(0)
-    counts = torch.searchsorted(spent, spent.new_tensor(allowed), right=True).tolist()
-    return [
-        Kept(int(ranks[count - 1]), count - int(ranks[count - 1]), float(gained[count - 1]))
-        if count
-        else Kept(0, 0, 0.0)
-        for count in counts
-    ]
+    falling = entries.reshape(-1).neg().sort().values
+    of_values, of_entries = (
+        torch.nn.functional.pad(each.double().cumsum(0), (1, 0)) for each in (values, falling.neg())
+    )
+    found = []
+    for limit in limits:
+        # The number of entries that come before each singular value, and what all up to it cost.
+        before = torch.searchsorted(falling, values.to(falling).neg() * (limit.entry / limit.value)).double()
+        spent = before * limit.entry + torch.arange(1, len(values) + 1, device=before.device) * limit.value
+        taken = int((spent <= limit.total).count_nonzero())
+        most = int(before[taken]) if taken < len(values) else len(falling)
+        count = min(most, max(0, int((limit.total - taken * limit.value) // limit.entry)))
+        found.append(Kept(taken, count, float(of_values[taken] + of_entries[count])))
+    return found

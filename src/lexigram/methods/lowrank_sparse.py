@@ -22,7 +22,7 @@ from lexigram.gram import Gram
 from lexigram.linalg.integers import ROUNDS as SWEEPS
 from lexigram.linalg.low_rank_sparse import low_rank_sparse
 from lexigram.linalg.pruning import ROUNDS, prune, refit
-from lexigram.linalg.ranking import Kept, input_prices, ranked
+from lexigram.linalg.ranking import Kept, Limit, input_prices, ranked
 from lexigram.linalg.rounding import DAMPING
 from lexigram.linalg.surgeon import Pruned, surgeon
 from lexigram.methods.base import (
@@ -296,16 +296,13 @@ def _best(
     column, row = (codec(_low_rank_bits(bits), config.value_group, width).bits_per_value for width in (None, shape[1]))
     entry = codec(bits, config.value_group).bits_per_value
     prices = [index_prices(index, *shape) for index in INDICES]
-    budgets: list[list[float]] = [[] for _ in prices]
+    limits = []
     for amount in amounts:
-        allowed, entries = [8.0 * (amount - fixed) for fixed, _ in prices], [entry + each for _, each in prices]
-        best = max(range(len(prices)), key=lambda index: allowed[index] / entries[index])
-        budgets[best].append(allowed[best])
-    found: list[Kept] = []
-    for allowed, (_, each) in zip(budgets, prices, strict=True):
-        if allowed:
-            found += ranked(values, worth, (column * shape[0] + row * shape[1], entry + each), allowed)
-    return [kept for kept in dict.fromkeys(found) if kept.values or kept.entries]
+        each = [
+            Limit(8.0 * (amount - fixed), column * shape[0] + row * shape[1], entry + more) for fixed, more in prices
+        ]
+        limits.append(max(each, key=lambda limit: limit.total / limit.entry))
+    return [kept for kept in dict.fromkeys(ranked(values, worth, limits)) if kept.values or kept.entries]
 
 
 def _low_rank_bits(bits: ValueBits) -> ValueBits:
