@@ -30,7 +30,7 @@ from lexigram.planning import Plan
 from lexigram.running import Stages
 
 DEVIATIONS = (0.05, 0.05)
-"""Of the logarithm of a unit's size, and of its rank share. Twice as large, no outcome was better than the start."""
+"""Of the logarithm of a unit's size, and of its rank share."""
 
 RATE = 0.1
 """How far a step goes where the losses differ as usual, in ``sigma |z|``."""

@@ -197,9 +197,8 @@ def _(config: LowRankSparseConfig, weight: Tensor, gram: Gram, amounts: Sequence
         sought = [amount for amount in amounts if least <= 1 - amount / dense <= most]
         share = _SEARCHED_BESIDE if ranked_too else _SEARCHED
         for kept in _best(shape, variant, values, worth, sought):
-            if (
-                bool(kept.values) == ranked_too
-            ):  # of no ranks the weight itself tells more than what ranks have left of it
+            # Where no rank is kept the weight itself tells more than what ranks have left of it.
+            if bool(kept.values) == ranked_too:
                 fine = _low_rank_bits(bits)
                 spec = sum_spec(shape, kept.values, kept.entries, bits, variant.value_group, low_rank_bits=fine)
                 found.append(Estimate(variant, spec, share * max(0.0, total - kept.worth) / whole))
