@@ -10,9 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lexigram.transformers_io import LexigramConfig, LexigramQuantizer, factored_layers, shared_matrices
-from lexigram.transformers_io.saving import attach_methods
-
 WEIGHTS = "lexigram.safetensors"
 IDS = torch.arange(3, 33).view(2, 15)
 
@@ -28,17 +25,6 @@ def logits(model: PreTrainedModel) -> Tensor:
         found: Tensor = model(input_ids=IDS).logits
     assert bool(found.isfinite().all())
     return found
-
-
-def attach_config(model: PreTrainedModel) -> None:
-    """Make a model whose layers were just replaced saveable: describe its factored layers in its config."""
-    config = LexigramConfig(
-        layers={name: module.spec.model_dump() for name, module in factored_layers(model)},
-        shared={name: matrix.spec.model_dump() for name, matrix in shared_matrices(model).items()},
-    )
-    model.config.quantization_config = config
-    model.hf_quantizer = LexigramQuantizer(config, pre_quantized=True)
-    attach_methods(model)
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lexigram
-from checkpoints import IDS, attach_config, edit_config, edit_tensors, logits, opened
+from checkpoints import IDS, edit_config, edit_tensors, logits, opened
 from conftest import TOYS, build_toy
 from lexigram.calibration.gram import GramAccumulator
 from lexigram.errors import LexigramError
@@ -46,6 +46,7 @@ from lexigram.targets import find_targets, weight_of
 from lexigram.transformers_io import (
     FactoredLinear,
     LexigramConfig,
+    describe,
     export_dense,
     factored_layers,
     is_compressed,
@@ -70,7 +71,7 @@ def compress(model: PreTrainedModel, method: MethodConfig, ratio: float = 0.4) -
         generator = torch.Generator().manual_seed(2)
         factors, _ = fit(method, weight_of(module).detach(), accumulator.result(target.name), spec, generator)
         model.set_submodule(target.name, FactoredLinear(factors, module.bias, transposed=target.transposed))
-    attach_config(model)
+    describe(model)
     return model
 
 
@@ -130,7 +131,7 @@ def _formed(name: str, form: str) -> PreTrainedModel:
         module = model.get_submodule(target.name)
         factors = FORMS[form](weight_of(module).detach().contiguous())
         model.set_submodule(target.name, FactoredLinear(factors, module.bias, transposed=target.transposed))
-    attach_config(model)
+    describe(model)
     return model
 
 
@@ -200,7 +201,7 @@ def test_the_toys_are_really_compressed() -> None:
     assert not torch.allclose(logits(compressed()), logits(build_toy("llama")), atol=1e-2)
     module = compressed().model.layers[0].mlp.up_proj
     assert isinstance(module, FactoredLinear)
-    assert not hasattr(module, "weight")
+    assert "weight" not in dict(module.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
@@ -373,7 +374,7 @@ def test_partly_compressed_models(tmp_path: Path) -> None:
         SvdConfig(), model.lm_head.weight.detach(), accumulator.result("x"), spec, torch.Generator().manual_seed(0)
     )
     model.lm_head = FactoredLinear(factors)
-    attach_config(model)
+    describe(model)
     model.save_pretrained(tmp_path)
     found = load(tmp_path)
     assert list(dict(factored_layers(found))) == ["lm_head"]
@@ -447,7 +448,7 @@ def test_a_sum_with_a_shared_matrix_comes_back(tmp_path: Path) -> None:
         rest = pruned(weight - smooth.to_dense(), Bfloat(), index="list")
         layer.self_attn.q_proj = FactoredLinear(Sum(smooth, rest))
     share(model, {"common": owner})
-    attach_config(model)
+    describe(model)
     expected = logits(model)
     model.save_pretrained(tmp_path / "a", max_shard_size="20KB")
     found = load(tmp_path / "a")

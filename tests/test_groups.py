@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lexigram
-from checkpoints import WEIGHTS, attach_config, edit_config, edit_tensors, logits, opened
+from checkpoints import WEIGHTS, edit_config, edit_tensors, logits, opened
 from conftest import TOYS, words_tokenizer
 from drawn import normal
 from lexigram import CospadiConfig, LexigramError, Recipe, RunRecord, SvdConfig
@@ -30,7 +30,7 @@ from lexigram.gram import Gram
 from lexigram.methods import Budget, BudgetTooSmallError, Member, MethodConfig, QuantizeConfig, fit, fit_group, layout
 from lexigram.methods.base import Fitted, layout_group
 from lexigram.planning import plan
-from lexigram.transformers_io import SHARED, FactoredLinear, LexigramConfig, factored_layers, share
+from lexigram.transformers_io import SHARED, FactoredLinear, LexigramConfig, describe, factored_layers, share
 from lexigram.transformers_io.linear import shared_matrices
 
 METHODS: dict[str, MethodConfig] = {
@@ -656,7 +656,7 @@ def test_a_damaged_shared_mask_is_named(tmp_path: Path) -> None:
         left = encode(normal(64, 8, seed=index), DenseSpec(rows=64, cols=8))
         model.model.layers[index].self_attn.q_proj = FactoredLinear(Product(left, Shared(reference, owner)))
     share(model, {"common": owner})
-    attach_config(model)
+    describe(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(opened(tmp_path)), logits(model))
     edit_tensors(tmp_path, lambda t: t[f"{SHARED}.common.mask"].bitwise_xor_(1))

@@ -6,7 +6,6 @@ computes it, KL divergence in float64, the bytes of an uninterrupted run.
 
 import errno
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -23,10 +22,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
 
 import lexigram
-from checkpoints import attach_config
 from conftest import Command, build_toy, contents, toy_folder, words_tokenizer
 from drawn import generator, normal
 from endings import Stop, StopAt
@@ -60,6 +57,7 @@ from lexigram.runfolder import opened as runfolder_opened
 from lexigram.transformers_io import (
     SHARED,
     FactoredLinear,
+    describe,
     factored_layers,
     replace_leaves,
     share,
@@ -384,7 +382,7 @@ def test_what_layers_share_is_opened_once_and_stays_shared() -> None:
     for seed, name in enumerate(names):
         coefficients = stored(SparseSpec(rows=16, cols=64, nonzeros=200), seed)
         model.set_submodule(name, FactoredLinear(Product(Shared(reference, dictionary), coefficients)))
-    attach_config(model)
+    describe(model)
     before = stored_tensors(model)
     assert before.keys() == {key for key in model.state_dict() if ".factors." in key or key.startswith(SHARED)}
     replace_leaves(model, TrainableLeaf)
@@ -1266,7 +1264,7 @@ def test_bad_settings(content: dict[str, Any], says: str) -> None:
         HealingSettings.parse(content)
 
 
-# -------------------------------------------------------------------------------------------------------- the command, PEFT
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_heals_and_says_what_came_of_it(command: Command, small: Path, words: Path, tmp_path: Path) -> None:
@@ -1281,63 +1279,6 @@ def test_the_command_heals_and_says_what_came_of_it(command: Command, small: Pat
     assert "exists and is not empty" in command(*args).error
     assert command("heal", small, "-t", "/no/text.txt", "-o", tmp_path / "no").error.startswith("there is no file")
     assert "objective is 'mlm'" in command(*args[:-8], "--objective", "mlm", "-o", tmp_path / "no").error
-
-
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-def test_peft_refuses_compressed_layers_by_name(small: Path) -> None:
-    """It adapts layers that it knows, and ours are none."""
-    import peft
-
-    model = lexigram.load(small)
-    refusal = (
-        r"Target module FactoredLinear\((?s:.*)trained by `lexigram heal`, not through adapters(?s:.*)is not supported"
-    )
-    with pytest.raises(ValueError, match=refusal):
-        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="No `target_modules` passed"):  # nothing is left for it
-        peft.get_peft_model(lexigram.load(small), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-def test_adapters_of_layers_that_were_left_out_merge(toy: Path, words: Path, tmp_path: Path) -> None:
-    """`all-linear` takes the ordinary layers alone. Merged and saved, the compressed ones are as they were."""
-    import peft
-
-    made(toy, words, tmp_path / "small", **FORMS["low rank"], include=["q_proj"])
-    model = lexigram.load(tmp_path / "small", dtype=torch.float32)
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    )
-    wrapped = {name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
-    assert wrapped
-    assert not any("q_proj" in name for name in wrapped)
-    with torch.no_grad():
-        wanted = adapted(IDS).logits
-        merged = adapted.merge_and_unload()
-        assert torch.allclose(merged(IDS).logits, wanted, atol=1e-4)
-    merged.save_pretrained(tmp_path / "merged")
-    with torch.no_grad():
-        assert torch.allclose(lexigram.load(tmp_path / "merged", dtype=torch.float32)(IDS).logits, wanted, atol=1e-4)
-    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("small", "merged"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before if "q_proj" in key)
-
-
-def test_a_compressed_layer_is_none_of_the_layers_that_adapters_know(small: Path) -> None:
-    """What PEFT asks of a layer before it adapts it: a type that it knows, or a weight. Trainers ask the quantizer."""
-    model = lexigram.load(small)
-    for _, layer in factored_layers(model):
-        assert not isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention))
-        assert not hasattr(layer, "weight")
-    assert not model.hf_quantizer.is_trainable
-
-
-def test_a_trainer_is_told_what_trains(small: Path, words: Path, tmp_path: Path) -> None:
-    healed(small, tmp_path / "out", quick(words, steps=1))
-    arguments = TrainingArguments(output_dir=str(tmp_path / "none"), use_cpu=True, report_to=[])
-    for folder in (small, tmp_path / "out"):
-        with pytest.raises(LexigramError, match=r"neither Trainer nor an adapter trains; .*`lexigram heal"):
-            Trainer(model=lexigram.load(folder), args=arguments)
 
 
 def test_errors_of_before_are_called_so(command: Command, small: Path, toy: Path, words: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from lexigram.records import RunRecord
 from lexigram.reporting.heat_maps import plot_redundancy
 from lexigram.source import Source
 from lexigram.training import HealingSettings
-from lexigram.transformers_io import export_dense, load
+from lexigram.transformers_io import export_dense, load, merge_adapters
 from lexigram.verification import Verification, verify
 from lexigram.workers import Workers
 
@@ -69,6 +69,7 @@ __all__ = [
     "export_dense",
     "heal",
     "load",
+    "merge_adapters",
     "plan",
     "plot_redundancy",
     "verify",

@@ -132,7 +132,7 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer that can be replaced."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, torch.Tensor)
 
 
 def _target(skeleton: PreTrainedModel, name: str, container: str, site: str) -> Target:

@@ -26,6 +26,11 @@ class Factor(nn.Module):
         """The matrix, (rows, cols)."""
         raise NotImplementedError
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; of several parts, those of the first."""
+        return next(self.parameters()).device
+
     def check(self) -> None:
         """Raise ValueError where the stored tensors are not what the spec promises."""
         for name, expected in self.spec.stored().items():
@@ -48,7 +53,10 @@ class _Leaf(Factor):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x M^T``; the values are decoded for the length of the call only."""
+        """``x M^T``; the values are decoded for the length of the call only, and once more for the gradient in `x`."""
+        if x.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _Applied.apply(x, self)
+            return y
         return nn.functional.linear(x, self.to_dense(x.dtype))
 
     def decode(self, dtype: torch.dtype) -> Tensor:
@@ -62,6 +70,19 @@ class _Leaf(Factor):
         super().check()
         if not bool(torch.isfinite(self.decode(torch.float32)).all()):
             raise ValueError("a stored value is not finite")
+
+
+class _Applied(torch.autograd.Function):
+    """``x M^T`` of a leaf, which keeps no decoded matrix until the gradient in `x` is asked for: it decodes it anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: _Leaf) -> Tensor:
+        ctx.leaf = leaf
+        return nn.functional.linear(x, leaf.to_dense(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] @ ctx.leaf.to_dense(gradients[0].dtype), None
 
 
 class Dense(_Leaf):
@@ -116,8 +137,7 @@ class Sparse(_Leaf):
 
     def support(self) -> Tensor:
         """Where values are stored: bool (rows, cols)."""
-        device = next(self.parameters()).device
-        return self.placed(torch.ones(self.spec.count, dtype=torch.bool, device=device))
+        return self.placed(torch.ones(self.spec.count, dtype=torch.bool, device=self.device))
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `Factor.to_dense`."""
@@ -145,6 +165,11 @@ class _Node(Factor):
         self.left = left
         self.right = right
         self.spec = spec
+
+    @property
+    def device(self) -> torch.device:
+        """See `Factor.device`."""
+        return self.left.device
 
     def check(self) -> None:
         """See `Factor.check`; both sides are checked, and the error tells which is wrong."""
@@ -201,6 +226,11 @@ class Shared(Factor):
             )
         self.spec = spec
         self._owner = (owner,)  # a tuple is not registered as a submodule, and deepcopy still follows it
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix is held."""
+        return self._owner[0].device
 
     def forward(self, x: Tensor) -> Tensor:
         """``x M^T``."""

@@ -3,6 +3,7 @@
 Importing this package registers our format, so that plain ``from_pretrained`` opens it.
 """
 
+from lexigram.transformers_io.adapters import merge_adapters
 from lexigram.transformers_io.linear import (
     SHARED,
     FactoredLinear,
@@ -15,7 +16,7 @@ from lexigram.transformers_io.linear import (
     stored_tensors,
 )
 from lexigram.transformers_io.loading import export_dense, is_compressed, load, open_model
-from lexigram.transformers_io.quantizer import LexigramConfig, LexigramQuantizer
+from lexigram.transformers_io.quantizer import LexigramConfig, LexigramQuantizer, describe
 
 __all__ = [
     "SHARED",
@@ -23,11 +24,13 @@ __all__ = [
     "LayerSpec",
     "LexigramConfig",
     "LexigramQuantizer",
+    "describe",
     "export_dense",
     "factored_layers",
     "is_compressed",
     "load",
     "make_dense",
+    "merge_adapters",
     "open_model",
     "replace_leaves",
     "share",

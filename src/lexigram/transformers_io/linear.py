@@ -1,12 +1,15 @@
 """The module that stands where a linear layer stood, and the swap between the two. Evaluates any factor expression."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lexigram.errors import LexigramError
 from lexigram.factors import Factor, FactorSpec, with_leaves
 
 SHARED = "lexigram_shared"
@@ -23,36 +26,55 @@ class LayerSpec(BaseModel):
     transposed: bool = False
 
 
-class FactoredLinear(nn.Module):
-    """``y = x M^T + b`` with ``M (out, in)`` given by factors that are never multiplied out."""
+@dataclass(frozen=True)
+class AbsentWeight:
+    """What a compressed layer has instead of a weight: its shape (out, in), where it would be, and no values.
 
-    bias: nn.Parameter | None
+    Others may ask what they have to fit to, as PEFT does before it puts an adapter beside a layer. Whoever reads values or
+    writes them, as merging an adapter would, is refused: a matrix that is multiplied out for the occasion would take the
+    change and be thrown away with it.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # that of the inputs decides; whatever stands beside it is best kept exactly
+
+    def __getattr__(self, name: str) -> Any:
+        raise NoWeightError(
+            f"a compressed layer is held as factors and has no weight to read or change ({name} of {tuple(self.shape)}); merge "
+            "adapters with `lexigram merge` or `lexigram.merge_adapters`; `lexigram.load(..., dense=True)` has ordinary layers"
+        )
+
+
+class NoWeightError(LexigramError, AttributeError):
+    """Values were asked of a matrix that is held as factors."""
+
+
+class FactoredLinear(nn.Linear):
+    """``y = x M^T + b`` with ``M (out, in)`` given by factors that are never multiplied out.
+
+    A linear layer to those who go by the class, so that adapters (PEFT's LoRA) find it and train beside it; its weight is an
+    `AbsentWeight`.
+    """
+
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(self, factors: Factor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
+        self.in_features, self.out_features = factors.spec.cols, factors.spec.rows
         self.factors: Factor = factors
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
         self.transposed = transposed
 
     @property
+    def weight(self) -> AbsentWeight:  # type: ignore[override]
+        """Where a weight would be, and how large."""
+        return AbsentWeight(torch.Size((self.out_features, self.in_features)), self.factors.device)
+
+    @property
     def spec(self) -> LayerSpec:
         """This layer as data."""
         return LayerSpec(factors=self.factors.spec, bias=self.bias is not None, transposed=self.transposed)
-
-    @property
-    def in_features(self) -> int:
-        """Input dimension."""
-        return self.factors.spec.cols
-
-    @property
-    def out_features(self) -> int:
-        """Output dimension."""
-        return self.factors.spec.rows
-
-    def extra_repr(self) -> str:
-        """What stands between the parentheses where the module is printed; PEFT's refusal of a layer prints it too."""
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, compressed: its values are trained by `lexigram heal`, not through adapters"
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (..., out) of inputs (..., in), in the dtype of the inputs (under autocast, of autocast)."""

@@ -143,6 +143,7 @@ class LexigramQuantizer(HfQuantizer):
             share(model, shared)
         for name, layer in config.layers.items():
             model.set_submodule(name, _empty_layer(model, name, layer, shared))
+            model.get_submodule(name)._is_hf_initialized = True  # it has no weight to be drawn
             _skip_initialisation(model.get_submodule(name.rpartition(".")[0]))
         return model
 
@@ -176,20 +177,18 @@ class LexigramQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Stored values are integers; they do not train."""
-        return False
+        """Whether adapters train beside the layers. The stored values themselves are integers, which `lexigram heal` trains."""
+        return True
 
-    @property
-    def is_qat_trainable(self) -> bool:
-        """What `transformers.Trainer` alone asks for, before it refuses such a model in words that lead to adapters.
 
-        Raises:
-            LexigramError: always, with what trains it.
-        """
-        raise LexigramError(
-            "the layers of a compressed model hold packed values, which neither Trainer nor an adapter trains; train them in "
-            "the same bytes with `lexigram heal DIR --text FILE --out OUT`, or write ordinary layers with `lexigram export`"
-        )
+def describe(model: PreTrainedModel) -> None:
+    """Have the config of a model whose layers were changed tell what they are now, so that it can be saved."""
+    model.config.quantization_config = config = LexigramConfig(
+        layers={name: layer.spec.model_dump() for name, layer in factored_layers(model)},
+        shared={name: matrix.spec.model_dump() for name, matrix in shared_matrices(model).items()},
+    )
+    model.hf_quantizer = LexigramQuantizer(config, pre_quantized=True)
+    attach_methods(model)
 
 
 def is_weights_name(name: Any) -> bool:
