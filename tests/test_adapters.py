@@ -4,21 +4,26 @@ The oracles: the same adapters beside the dense weights that the forms stand for
 that rank, inputs and outputs make.
 """
 
+import errno
+import json
+import re
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lexigram
-from checkpoints import IDS, WEIGHTS, logits
-from conftest import toy_folder
+from checkpoints import IDS, WEIGHTS, edit_tensors, logits
+from conftest import Command, contents, toy_folder
 from drawn import normal
-from lexigram import LexigramError, Recipe
+from lexigram import LexigramError, Recipe, RunRecord
 from lexigram.factors import (
     Bfloat,
     Codec,
@@ -316,3 +321,217 @@ def test_what_cannot_be_merged_is_refused_and_left(compressed: Callable[..., Pat
         with pytest.raises(LexigramError, match=r"LoRA alone can be merged|is no plain LoRA \(ALora"):
             lexigram.merge_adapters(other)
         assert beside(other), name
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def adapter(compressed: Callable[..., Path], tmp_path: Path) -> Path:
+    """Of the default toy."""
+    return saved_adapter(compressed(), tmp_path / "lora")
+
+
+def merged_folder(folder: Path, adapter: Path, out: Path) -> RunRecord:
+    return lexigram.merge(folder, adapter, out)
+
+
+def test_a_merged_folder_is_a_compressed_one(
+    compressed: Callable[..., Path], adapter: Path, tmp_path: Path, command: Command, words: Path
+) -> None:
+    folder = compressed()
+    before = contents(folder)
+    ended = command("merge", folder, "--adapter", adapter, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert "of which the adapter is" in ended.out
+    assert contents(folder) == before
+    old, new = read_run(folder), read_run(tmp_path / "out")
+    grown = sum(2 * 4 * sum(layer.shape) for layer in old.layers)
+    assert new.bytes_after - old.bytes_after == new.merged[0].bytes == grown
+    assert new.model_bytes_after - old.model_bytes_after == grown
+    weights = sum(rows * cols for rows, cols in (layer.shape for layer in old.layers))
+    assert new.bits_per_weight - old.bits_per_weight == pytest.approx(8 * grown / weights)
+    assert new.parameter_ratio == pytest.approx(old.parameter_ratio - grown / 2 / weights)
+    assert new.ratio == pytest.approx(1 - new.bytes_after / new.bytes_before)
+    assert new.merged[0].changed == []
+    sizes = {name: tensor.nbytes for name, tensor in load_file(tmp_path / "out" / WEIGHTS).items()}
+    assert sum(sizes.values()) == new.model_bytes_after
+    model = peft.PeftModel.from_pretrained(opened(folder), adapter)
+    assert torch.equal(logits(opened(tmp_path / "out")), logits(lexigram.merge_adapters(model)))
+    found = lexigram.verify(tmp_path / "out", against=old.model, texts=[str(words)], length=32)
+    assert found.passed, found.failed
+    [errors] = [check for check in found.checks if check.name == "layer errors"]
+    assert errors.passed is None
+    assert "before merging" in errors.message
+    assert len(command("inspect", tmp_path / "out").out.split("before merging")) == 3
+    assert command("verify", tmp_path / "out").code == 0
+
+
+def test_merging_goes_on_from_healed_and_from_merged(
+    compressed: Callable[..., Path], adapter: Path, tmp_path: Path, words: Path
+) -> None:
+    settings = lexigram.HealingSettings.parse(
+        {"texts": str(words), "sequences": 8, "held_out": 4, "length": 32, "batch": 4, "steps": 2, "warmup": 1}
+    )
+    merged_folder(compressed(), adapter, tmp_path / "once")
+    healed = lexigram.heal(tmp_path / "once", tmp_path / "healed", settings, device="cpu")
+    assert healed.fitted_before == "healing and merging"
+    again = saved_adapter(tmp_path / "healed", tmp_path / "again", target_modules=["up_proj"])
+    twice = merged_folder(tmp_path / "healed", again, tmp_path / "twice")
+    assert len(twice.merged) == 2
+    assert lexigram.verify(tmp_path / "twice", against=twice.model).passed
+    model = peft.PeftModel.from_pretrained(opened(tmp_path / "healed"), again)
+    assert torch.allclose(logits(opened(tmp_path / "twice")), logits(model), atol=0.05)
+
+
+def test_what_is_not_compressed_may_be_changed_and_is_named(
+    compressed: Callable[..., Path], tmp_path: Path, command: Command
+) -> None:
+    """Ordinary layers that have adapters, and a module that was trained as a whole."""
+    folder = compressed(include=["q_proj"])
+    model = peft.get_peft_model(
+        opened(folder),
+        peft.LoraConfig(
+            target_modules=["q_proj", "k_proj"], modules_to_save=["post_attention_layernorm"], init_lora_weights=False
+        ),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "lora")
+    ended = command("merge", folder, "-a", tmp_path / "lora", "-o", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert "tensors that are not compressed are no longer the original's" in ended.err
+    record = read_run(tmp_path / "out")
+    kinds = {name.removesuffix(".weight").rpartition(".")[2] for name in record.merged[0].changed}
+    assert kinds == {"k_proj", "post_attention_layernorm"}
+    assert torch.allclose(logits(opened(tmp_path / "out")), wanted, atol=0.05)
+    found = lexigram.verify(tmp_path / "out", against=record.model)
+    assert found.passed, found.failed
+    assert any("4 were changed by adapters" in check.message for check in found.checks)
+    edit_tensors(tmp_path / "out", lambda tensors: tensors["model.layers.0.self_attn.v_proj.weight"].mul_(2))
+    assert not lexigram.verify(tmp_path / "out", against=record.model).passed
+
+
+def edit_adapter(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads((folder / "adapter_config.json").read_text())
+    change(content)
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / ADAPTER)
+    change(tensors)
+    save_file(tensors, folder / ADAPTER)
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no adapter": (shutil.rmtree, "there is no folder .*lora; name the folder that PEFT"),
+    "no config": (lambda lora: (lora / "adapter_config.json").unlink(), "adapter_config.json"),
+    "no JSON": (lambda lora: (lora / "adapter_config.json").write_text("{"), "adapter_config.json"),
+    "no weights": (lambda lora: (lora / ADAPTER).unlink(), f"has no {ADAPTER}"),
+    "cut short": (
+        lambda lora: (lora / ADAPTER).write_bytes((lora / ADAPTER).read_bytes()[:-9]),
+        "cannot put the adapter",
+    ),
+    "another kind": (lambda lora: edit_adapter(lora, lambda it: it.update(peft_type="IA3")), "of the type 'IA3'"),
+    "replicated": (
+        lambda lora: edit_adapter(lora, lambda it: it.update(layer_replication=[[0, 2]])),
+        "layer_replication",
+    ),
+    "another rank": (lambda lora: edit_adapter(lora, lambda it: it.update(r=10**9)), "cannot put the adapter"),
+    "dora": (lambda lora: edit_adapter(lora, lambda it: it.update(use_dora=True)), "cannot put the adapter"),
+    "other layers": (
+        lambda lora: edit_adapter(lora, lambda it: it.update(target_modules=["k_proj"])),
+        "has .*lora_A.*unlike the model",
+    ),
+    "no layers": (
+        lambda lora: edit_adapter(lora, lambda it: it.update(target_modules=["zork"])),
+        "cannot put the adapter",
+    ),
+    "a tensor less": (lambda lora: edit_weights(lora, lambda it: it.pop(FIRST)), "lacks .*q_proj.lora_A"),
+    "a tensor more": (
+        lambda lora: edit_weights(lora, lambda it: it.update({FIRST.replace("layers.0", "layers.7"): it[FIRST] + 1})),
+        "has .*layers.7.*unlike the model",
+    ),
+    "another shape": (
+        lambda lora: edit_weights(lora, lambda it: it.update({FIRST: it[FIRST][:, 1:].contiguous()})),
+        "cannot put the adapter",
+    ),
+    "NaN": (lambda lora: edit_weights(lora, lambda it: it[FIRST].fill_(float("nan"))), "q_proj cannot be stored"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_an_adapter(
+    mistake: str, adapter: Path, compressed: Callable[..., Path], tmp_path: Path, command: Command
+) -> None:
+    make, says = MISTAKES[mistake]
+    make(adapter)
+    ended = command("merge", compressed(), "--adapter", adapter, "--out", tmp_path / "out")
+    assert ended.code == 1
+    assert re.search(says, ended.error), ended.error
+    assert {path.name for path in tmp_path.iterdir()} <= {"lora"}
+
+
+def test_mistakes_around_it(
+    adapter: Path, compressed: Callable[..., Path], tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(compressed(), tmp_path / "small")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
+    assert "is not empty" in command("merge", folder, "-a", adapter, "-o", tmp_path / "there").error
+    assert "lies in" in command("merge", folder, "-a", adapter, "-o", folder / "inside").error
+    assert "no compressed model" in command("merge", adapter, "-a", adapter, "-o", tmp_path / "out").error
+
+    def full(*_args: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lexigram.merging.shutil.copyfile", full)
+        said = command("merge", folder, "-a", adapter, "-o", tmp_path / "out").error
+        assert "could not be written: No space left on device" in said
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "peft", None)
+        assert "pip install peft" in command("merge", folder, "-a", adapter, "-o", tmp_path / "out").error
+    edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    said = command("merge", folder, "-a", adapter, "-o", tmp_path / "out").error
+    assert "is not as it was written" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "small", "there"]
+
+
+@pytest.mark.slow
+def test_adapters_on_a_real_model(data: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M at 4 bits: some steps on real text lower the loss on more of it, and merging keeps what was won."""
+    text = (data / "tinystories" / "tinystories.txt").read_text()
+    training, other = tmp_path / "training.txt", text[-20_000:]
+    training.write_text(text[:-20_000])
+    method = {"name": "quantize", "value_bits": 4, "rounding": "nearest"}
+    calibration = {"text": str(training), "sequences": 2, "length": 64}
+    lexigram.compress(
+        Recipe.parse({"model": "demo", "method": method, "ratio": 0.72, "calibration": calibration}), tmp_path / "small"
+    )
+    model, tokenizer = lexigram.transformers_io.open_model(str(tmp_path / "small"))
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"))
+    ids = tokenizer(text[:-20_000], return_tensors="pt").input_ids[0]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(8):
+        batch = ids[step * 512 : (step + 1) * 512].view(2, 256)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "lora")
+    lexigram.merge(tmp_path / "small", tmp_path / "lora", tmp_path / "tuned")
+    tuned, _ = lexigram.transformers_io.open_model(str(tmp_path / "tuned"))
+    small, _ = lexigram.transformers_io.open_model(str(tmp_path / "small"))
+    losses = [
+        lexigram.evaluate(each, tokenizer, other, context=256, windows=4).negative_log_likelihood
+        for each in (small, model.eval(), tuned)
+    ]
+    assert losses[1] < losses[0] - 0.1
+    assert losses[2] == pytest.approx(losses[1], abs=0.02)
+    assert lexigram.verify(tmp_path / "tuned", against="demo").passed

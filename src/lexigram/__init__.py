@@ -12,6 +12,7 @@ from lexigram.comparison.table import Row
 from lexigram.errors import LexigramError
 from lexigram.evaluation import Evaluation, evaluate
 from lexigram.healing import heal
+from lexigram.merging import merge
 from lexigram.methods import (
     CapConfig,
     CospadiConfig,
@@ -69,6 +70,7 @@ __all__ = [
     "export_dense",
     "heal",
     "load",
+    "merge",
     "merge_adapters",
     "plan",
     "plot_redundancy",

@@ -9,8 +9,6 @@ The state of a training lies beside the output, as what `compress` has finished 
 ends in the same bytes, unless it is the clock that ends it. On a GPU two runs may differ by the rounding of sums.
 """
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -32,15 +30,15 @@ from lexigram.devices import forward_dtype, resolve_device
 from lexigram.distillation import NEEDS_TEACHER, Objective, recomputing
 from lexigram.errors import LexigramError
 from lexigram.factors import Factor, Leaf, TrainableLeaf
-from lexigram.headers import file_sha256, read_headers, read_metadata, tensor_sha256
+from lexigram.headers import read_metadata
 from lexigram.memory import peak_memory_bytes
-from lexigram.recording import other_files, weight_files
+from lexigram.recording import file_hashes, folder_sha256, tensor_hashes
 from lexigram.records import HealingRecord, RunRecord, machine, read_run, versions
 from lexigram.runfolder import MANIFEST, check_idle, finished, opened, run_folder
 from lexigram.running import Silent, Stages, check_context
 from lexigram.shards import Entry, file_tensors, write_tensors
 from lexigram.source import Source
-from lexigram.staging import RUN_FILE, check_target, staged
+from lexigram.staging import RUN_FILE, check_outside, check_target, staged
 from lexigram.targets import decoder_layers_name
 from lexigram.training import LENGTH, STATE, STATE_BYTES, HealingSettings, Training
 from lexigram.transformers_io import open_model, replace_leaves, stored_tensors
@@ -94,7 +92,7 @@ def heal(
     check_idle(out)
     _check_begun(out, resume=resume)
     record = read_run(folder)
-    _check_places(folder, out)
+    check_outside(folder, out)
     check_target(out, overwrite=overwrite, needed_bytes=_needed_bytes(folder, record, out))
     place = resolve_device(device) if isinstance(device, str) else device
     dtype = forward_dtype(place, settings.compute_dtype)
@@ -112,12 +110,11 @@ def heal(
         with staged(out, overwrite=overwrite, within=run.folder) as staging, progress.stage("save", 1) as step:
             _write(folder, record, stored_tensors(material.student), staging)
             healing = _healing_record(settings, material, training, original, identity)
-            tensors = read_headers(weight_files(staging))
             healed = record.model_copy(
                 update={
                     "healing": [*record.healing, healing],
-                    "tensors_sha256": {name: tensor_sha256(header) for name, header in tensors.items()},
-                    "files_sha256": {file.name: file_sha256(file) for file in other_files(staging)},
+                    "tensors_sha256": tensor_hashes(staging),
+                    "files_sha256": file_hashes(staging),
                 }
             )
             (staging / RUN_FILE).write_text(healed.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -172,7 +169,7 @@ class _Material:
 def _identity(folder: Path, settings: HealingSettings, material: _Material) -> dict[str, str]:
     """All that decides the bytes of a result."""
     return {
-        "a healing of": _tensors_sha256(folder),
+        "a healing of": folder_sha256(folder),
         "the text": material.train.sha256,
         "the held-out text": material.held.sha256,
         **_deciding(settings.model_dump(mode="json")),
@@ -237,16 +234,10 @@ def _deciding(settings: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in settings.items() if key not in _DECIDES_NOTHING}
 
 
-def _tensors_sha256(folder: Path) -> str:
-    """Of all tensors in a model folder, by name."""
-    found = {name: tensor_sha256(header) for name, header in read_headers(weight_files(folder)).items()}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-
-
 def _is_result(out: Path, folder: Path, settings: HealingSettings) -> bool:
     """Whether `out` came of this folder by these settings."""
     healing, wanted = read_run(out).healing, settings.model_dump(mode="json")
-    if not healing or healing[-1].tensors_sha256 != _tensors_sha256(folder):
+    if not healing or healing[-1].tensors_sha256 != folder_sha256(folder):
         return False
     found = healing[-1].settings
     return _deciding(found) == _deciding(wanted) and found.get("texts") == wanted["texts"]
@@ -278,12 +269,6 @@ def _original(record: RunRecord, settings: HealingSettings, against: str | None)
             f"the objective {settings.objective} imitates no model; leave out --against {against}, or take --objective {names}"
         )
     return None
-
-
-def _check_places(folder: Path, out: Path) -> None:
-    """Refuse a result inside of the folder that it is made from, which would then hold more than was written there."""
-    if folder.resolve() in out.resolve().parents:
-        raise LexigramError(f"{out} lies in {folder}, which has to stay as it is; name another output folder")
 
 
 def _packed(leaf: Factor) -> Factor:

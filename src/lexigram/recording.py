@@ -3,6 +3,8 @@
 The record's form is `records`'; here it is filled, and held against what the files really weigh.
 """
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,9 +149,24 @@ def run_record(
         files=sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
         layers=layers,
         shared=ledger.shared,
-        tensors_sha256={name: tensor_sha256(header) for name, header in read_headers(weight_files(folder)).items()},
-        files_sha256={file.name: file_sha256(file) for file in other_files(folder)},
+        tensors_sha256=tensor_hashes(folder),
+        files_sha256=file_hashes(folder),
     )
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """Of every tensor in the weight files of `folder`, by name."""
+    return {name: tensor_sha256(header) for name, header in read_headers(weight_files(folder)).items()}
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Of the `other_files` of `folder`, by name."""
+    return {file.name: file_sha256(file) for file in other_files(folder)}
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash of all tensors in `folder` and their names."""
+    return hashlib.sha256(json.dumps(tensor_hashes(folder), sort_keys=True).encode()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:

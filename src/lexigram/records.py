@@ -132,6 +132,24 @@ class HealingRecord(_Part):
     peak_memory_bytes: int
 
 
+class MergeRecord(_Part):
+    """One LoRA adapter that was made a part of the forms, which grew by so many `bytes`.
+
+    `adapter_sha256` is of its file, `tensors_sha256` of the stored tensors before; `changed` are the tensors that belong to no
+    form and are what the adapter made of them.
+    """
+
+    lexigram: str
+    command: str
+    versions: dict[str, str]
+    adapter: str
+    adapter_sha256: str
+    bytes: Bytes
+    changed: list[str]
+    tensors_sha256: str
+    seconds: float
+
+
 class RunRecord(_Part):
     """The content of `run.json`.
 
@@ -145,7 +163,8 @@ class RunRecord(_Part):
     `tensors_sha256` holds the hash of every stored tensor (`lexigram.headers.tensor_sha256`), `files_sha256` that of every
     other file but this one. Results of earlier versions have neither.
 
-    `healing` tells how stored values were trained afterwards, once for every time; the layers' `fit` is of before.
+    `healing` tells how stored values were trained afterwards, once for every time, and `merged` what adapters were made a part
+    of the forms; the layers' `fit` is of before.
     """
 
     lexigram: str
@@ -181,6 +200,12 @@ class RunRecord(_Part):
     tensors_sha256: dict[str, str] = {}
     files_sha256: dict[str, str] = {}
     healing: list[HealingRecord] = []
+    merged: list[MergeRecord] = []
+
+    @property
+    def fitted_before(self) -> str:
+        """What was done to the values after the fits that the layers' errors are of, in a few words; empty for nothing."""
+        return " and ".join(word for word, done in (("healing", self.healing), ("merging", self.merged)) if done)
 
     @model_validator(mode="after")
     def _belongs_together(self) -> "RunRecord":

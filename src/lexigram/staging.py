@@ -47,6 +47,16 @@ def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -
         )
 
 
+def check_outside(folder: Path, out: Path) -> None:
+    """Refuse a result inside of the folder that it is made from, which would then hold more than was written there.
+
+    Raises:
+        LexigramError: naming both.
+    """
+    if folder.resolve() in out.resolve().parents:
+        raise LexigramError(f"{out} lies in {folder}, which has to stay as it is; name another output folder")
+
+
 @contextmanager
 def staged(out: Path, *, overwrite: bool = False, within: Path | None = None) -> Iterator[Path]:
     """A new folder beside `out` that becomes `out` when the context ends well, and is removed when it does not.

@@ -151,7 +151,7 @@ def verify(
     checks.append(original.check())
     if model is None or original.targets is None:
         return Verification(folder=str(folder), checks=checks)
-    checks.append(_check_uncompressed(model, original.weights))
+    checks.append(_check_uncompressed(model, original.weights, record))
     if tokens is None:
         return Verification(folder=str(folder), checks=checks)
     errors = original.errors(model, tokens, progress)
@@ -261,30 +261,32 @@ def _check_forms(model: PreTrainedModel, record: RunRecord) -> Check:
     return _judged("loading", wrong, done)
 
 
-def _check_uncompressed(model: PreTrainedModel, original: Weights) -> Check:
-    """Whatever is no factor is the original's, rounded to the dtype that it is stored in."""
+def _check_uncompressed(model: PreTrainedModel, original: Weights, record: RunRecord) -> Check:
+    """Whatever is no factor, and no adapter changed, is the original's, rounded to the dtype that it is stored in."""
     theirs, wrong, count = original.entries, [], 0
+    changed = {name for merged in record.merged for name in merged.changed}
     for name, found in model.named_parameters():
-        if ".factors." in name or name.startswith(f"{SHARED}."):
+        if ".factors." in name or name.startswith(f"{SHARED}.") or name in changed:
             continue
         count += 1
         if name not in theirs or theirs[name].shape != found.shape:
             wrong.append(f"the original has no {name} of shape {tuple(found.shape)}")
         elif not torch.equal(theirs[name].read().to(found.device, found.dtype), found.detach()):
             wrong.append(f"{name} is not that of the original")
-    return _judged("uncompressed", wrong, f"{count} tensors that are not compressed are the original's")
+    but = f"; {len(changed)} were changed by adapters" if changed else ""
+    return _judged("uncompressed", wrong, f"{count} tensors that are not compressed are the original's{but}")
 
 
 def _check_errors(errors: Mapping[str, float], tokens: TokenSequences, record: RunRecord) -> Check:
     """The errors are those of the run, where they can be: on the same tokens, by the same definition."""
     mean = sum(errors.values()) / len(errors)
-    when = " before healing" if record.healing else ""
-    said = f"the mean is {mean:.4f}, by the record {record.mean_relative_error:.4f}{when}"
+    since = f" before {record.fitted_before}" if record.fitted_before else ""
+    said = f"the mean is {mean:.4f}, by the record {record.mean_relative_error:.4f}{since}"
     if tokens.sha256 != record.calibration_sha256:
         reason = "these tokens are not those that the run was calibrated on"
         return Check(name="layer errors", passed=None, message=f"{said}; not held against each other, since {reason}")
-    if record.healing:
-        reason = "the run measured before the values were trained"
+    if record.fitted_before:
+        reason = f"the run measured before {record.fitted_before}"
         return Check(name="layer errors", passed=None, message=f"{said}; not held against each other, since {reason}")
     if record.recipe.get("sequential"):
         reason = "the run measured on inputs from the compressed layers before, and these are the original model's"

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from lexigram.cli import compare, compress, evaluate, export, generate, heal, plan, show, verify
+from lexigram.cli import compare, compress, evaluate, export, generate, heal, merge, plan, show, verify
 from lexigram.cli.screen import errors, say
 from lexigram.errors import LexigramError
 from lexigram.records import versions
@@ -51,6 +51,7 @@ def _add(
 _add("compress", compress.compress, compress.EXAMPLES)
 _add("plan", plan.plan, plan.EXAMPLES)
 _add("heal", heal.heal, heal.EXAMPLES)
+_add("merge", merge.merge, merge.EXAMPLES)
 _add("eval", evaluate.eval_, evaluate.EXAMPLES)
 _add("compare", compare.compare, compare.EXAMPLES, compare.TakesSeveral)
 _add("report", show.report_, show.REPORT_EXAMPLES)

@@ -17,7 +17,6 @@ from lexigram.records import LayerRecord, RunRecord
 from lexigram.reporting import redundancy
 from lexigram.targets import Target
 
-_BEFORE = " before healing"
 _NEAR = 0.01  # of the ratio asked for, when a form uses its bytes up
 
 
@@ -110,16 +109,16 @@ def bytes_table(record: RunRecord) -> Table:
     return table
 
 
-def error_map(layers: Sequence[LayerRecord], *, healed: bool = False) -> Table:
+def error_map(layers: Sequence[LayerRecord], *, before: str = "") -> Table:
     """Every layer's relative output error, decoder layers down, kinds across, the worse the redder.
 
-    `healed`: values were trained afterwards, and the title says that these are the errors of before.
+    `before`: what was done to the values since (`RunRecord.fitted_before`), which the title then says.
     """
     names = redundancy.names_within(layers)
     kinds = list(dict.fromkeys(names))
     errors = {(layer.layer, name): layer.fit.relative_error for layer, name in zip(layers, names, strict=True)}
     worst = max(errors.values()) or 1.0
-    table = Table(title=f"relative error of each layer's output on the calibration text{_BEFORE * healed}")
+    table = Table(title=f"relative error of each layer's output on the calibration text{_since(before)}")
     table.add_column("layer", justify="right")
     for kind in kinds:
         table.add_column(kind, justify="right")
@@ -134,6 +133,10 @@ def error_map(layers: Sequence[LayerRecord], *, healed: bool = False) -> Table:
             cells.append(Text(f"{error:.4f}", style=f"rgb({red},{255 - red // 2},80)"))
         table.add_row("-" if index is None else str(index), *cells)
     return table
+
+
+def _since(before: str) -> str:
+    return f" before {before}" if before else ""
 
 
 def kinds_table(record: RunRecord) -> Table:
@@ -156,9 +159,9 @@ def kinds_table(record: RunRecord) -> Table:
     return table
 
 
-def forms_table(layers: Sequence[LayerRecord], *, healed: bool = False) -> Table:
-    """The forms of each kind of layer, and their mean and worst error; `healed` as in `error_map`."""
-    table = Table(title=f"forms{', errors' * healed}{_BEFORE * healed}")
+def forms_table(layers: Sequence[LayerRecord], *, before: str = "") -> Table:
+    """The forms of each kind of layer, and their mean and worst error; `before` as in `error_map`."""
+    table = Table(title=f"forms{', errors' * bool(before)}{_since(before)}")
     narrow = {"layers": 6, "each": 8, "mean error": 6, "worst error": 6}  # leaves the form most of 80 columns
     for column in ("layers", "kind", "shape", "form", "each", "mean error", "worst error"):
         table.add_column(column, justify="left" if column in ("kind", "form") else "right", width=narrow.get(column))

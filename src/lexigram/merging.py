@@ -1,0 +1,184 @@
+"""`merge`: a LoRA adapter that was trained beside a compressed model, made a part of its forms.
+
+The result is a compressed folder like any other: it loads without PEFT, and its record tells what the adapter added. Compressed
+layers take the adapter as one more term of low rank; ordinary ones, and modules that were trained as a whole, are changed.
+"""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lexigram.errors import LexigramError
+from lexigram.factors import FactorSpec
+from lexigram.folders import CONFIG, check_plain, opening
+from lexigram.headers import file_sha256
+from lexigram.jsonfiles import read_json
+from lexigram.recording import (
+    UNCOMPRESSED,
+    bytes_by_kind,
+    file_hashes,
+    folder_sha256,
+    matrices,
+    stored_bytes,
+    tensor_hashes,
+)
+from lexigram.records import MergeRecord, RunRecord, read_run, versions
+from lexigram.running import Silent, Stages
+from lexigram.staging import RUN_FILE, check_outside, check_target, staged
+from lexigram.transformers_io import factored_layers, load, merge_adapters
+from lexigram.verification import verify
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def merge(
+    folder: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Stages | None = None,
+) -> RunRecord:
+    """Write the compressed model in `folder`, with a LoRA adapter merged into it, to the folder `out`.
+
+    Args:
+        folder: what `compress`, `heal` or this wrote, and the adapter was trained beside.
+        adapter: the folder that PEFT's `save_pretrained` wrote.
+        out: a folder that does not exist, is empty, or (with `overwrite`) holds an earlier result of ours.
+        overwrite: replace such a result.
+        progress: is told how far the work is.
+
+    Returns:
+        The content of the new folder's `run.json`: that of the old one with other forms and sizes, and a record of this. The
+        layers' errors are those of before.
+
+    Raises:
+        LexigramError: for a folder that is damaged, an adapter that is no LoRA or not of this model, and whatever else the user
+            can mend; `out` is then as it was.
+    """
+    started = time.perf_counter()
+    folder, adapter, out = Path(folder).expanduser(), Path(adapter).expanduser(), Path(out)
+    progress = progress or Silent()
+    check_target(out, overwrite=overwrite)
+    record = read_run(folder)
+    check_outside(folder, out)
+    _check_adapter(adapter)
+    for check in verify(folder, progress=progress).failed:
+        raise LexigramError(f"{folder} is not as it was written: {check.message}; fetch it or compress again")
+    with progress.stage("merge the adapter", 1) as step:
+        merged = merge_adapters(_adapted(load(folder), adapter))
+        with staged(out, overwrite=overwrite) as staging:
+            merged.save_pretrained(staging)
+            for file in (folder / name for name in record.files if name not in (RUN_FILE, CONFIG)):
+                if ".safetensors" not in file.name:
+                    shutil.copyfile(file, staging / file.name)
+            forms = {name: layer.factors.spec for name, layer in factored_layers(merged)}
+            result = _with_forms(record, forms, staging)
+            result.merged.append(
+                MergeRecord(
+                    lexigram=versions()["lexigram"],
+                    command=" ".join(sys.argv),
+                    versions=versions(),
+                    adapter=str(adapter),
+                    adapter_sha256=file_sha256(adapter / ADAPTER_WEIGHTS),
+                    bytes=result.bytes_after - record.bytes_after,
+                    changed=_changed(record, result),
+                    tensors_sha256=folder_sha256(folder),
+                    seconds=time.perf_counter() - started,
+                )
+            )
+            (staging / RUN_FILE).write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        step()
+    return result
+
+
+def _check_adapter(adapter: Path) -> None:
+    """Refuse what is no LoRA adapter, has its weights in a pickle, or would change the model's layers before it is merged."""
+    remedy = "name the folder that PEFT's save_pretrained wrote"
+    if not adapter.is_dir():
+        raise LexigramError(f"there is no folder {adapter}; {remedy}")
+    check_plain(adapter)
+    content = read_json(adapter / ADAPTER_CONFIG, remedy=remedy)
+    if content.get("peft_type") != "LORA":
+        raise LexigramError(
+            f"{adapter} holds an adapter of the type {content.get('peft_type')!r}, and only LoRA can be merged into a "
+            "compressed model"
+        )
+    if content.get("layer_replication"):
+        raise LexigramError(f"{adapter} replicates layers of its model (layer_replication) and cannot be merged")
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise LexigramError(f"{adapter} has no {ADAPTER_WEIGHTS}; save the adapter again with safe_serialization")
+
+
+def _adapted(model: PreTrainedModel, adapter: Path) -> Any:
+    """The model with the adapter beside it, every tensor of which has found its place."""
+    try:
+        import peft
+    except ImportError as error:
+        raise LexigramError("merging an adapter needs PEFT, which reads it; pip install peft") from error
+    with opening(f"cannot put the adapter {adapter} beside the model", "name the model that it was trained beside"):
+        config = peft.PeftConfig.from_pretrained(str(adapter))
+        config.inference_mode = True
+        config.base_model_name_or_path = (
+            None  # what folder it was trained beside does not matter, what its tensors fit to does
+        )
+        # On the meta device nothing is allocated by what the config says alone.
+        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+        found = adapted.load_adapter(str(adapter), "default", torch_device="cpu", low_cpu_mem_usage=True)
+    missing = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
+    for name, what in [(name, "lacks") for name in missing] + [(name, "has") for name in found.unexpected_keys]:
+        raise LexigramError(
+            f"the adapter {adapter} {what} {name}, unlike the model; name the model that it was trained beside"
+        )
+    return adapted
+
+
+def _with_forms(record: RunRecord, forms: dict[str, FactorSpec], folder: Path) -> RunRecord:
+    """The record of the files in `folder`, whose layers have other forms than those of `record`."""
+    layers = [
+        layer.model_copy(
+            update={
+                "factors": forms[layer.name],
+                "bytes_after": forms[layer.name].bytes,
+                "parameters_after": forms[layer.name].parameters,
+            }
+        )
+        for layer in record.layers
+    ]
+    after = sum(layer.bytes_after for layer in layers) + sum(shared.bytes for shared in record.shared)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    added = sum(new.parameters_after - old.parameters_after for new, old in zip(layers, record.layers, strict=True))
+    sizes = stored_bytes(folder)
+    by_kind = bytes_by_kind(sizes, matrices(layers, record.shared))
+    if sum(by_kind.values()) - by_kind.get(UNCOMPRESSED, 0) != after:
+        raise AssertionError("the files do not weigh what their forms say; please report this")
+    return record.model_copy(
+        update={
+            "layers": layers,
+            "ratio": 1 - after / record.bytes_before,
+            "bits_per_weight": 8 * after / weights,
+            "parameter_ratio": record.parameter_ratio - added / weights,
+            "bytes_after": after,
+            "model_bytes_after": sum(sizes.values()),
+            "bytes_by_kind": by_kind,
+            "files": sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
+            "merged": [*record.merged],
+            "tensors_sha256": tensor_hashes(folder),
+            "files_sha256": file_hashes(folder),
+        }
+    )
+
+
+def _changed(before: RunRecord, after: RunRecord) -> list[str]:
+    """Tensors that belong to no form and are not what they were."""
+    factors = tuple(f"{name}." for name in matrices(after.layers, after.shared))
+    return sorted(
+        name
+        for name, digest in after.tensors_sha256.items()
+        if not name.startswith(factors) and before.tensors_sha256.get(name) != digest
+    )
