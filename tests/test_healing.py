@@ -440,6 +440,10 @@ def test_the_objectives_are_what_they_are_called(pair: tuple[Any, Any], monkeypa
         outputs.append(found_layers)
     errors = [((a - b).square().sum((1, 2)) / b.square().sum((1, 2))).detach() for a, b in zip(*outputs, strict=True)]
     assert torch.allclose(layers, sum(errors) / len(errors), rtol=1e-4)
+    for name, expected in wanted.items():
+        both = Objective(name, student, teacher, "model.layers", torch.float32, 48, 0.3)  # type: ignore[arg-type]
+        assert torch.allclose(both.losses(IDS), expected.float() + 0.3 * layers, rtol=1e-4)
+        assert both.measured(IDS).tokens == pytest.approx(sum(losses) / 5, rel=1e-4)
 
 
 def test_imitating_oneself_costs_nothing(pair: tuple[Any, Any]) -> None:
@@ -530,14 +534,14 @@ def test_layers_are_compared_without_logits(pair: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "phi"])
-@pytest.mark.parametrize("objective", distillation.NEEDS_TEACHER)
-def test_the_teacher_sees_sequences_that_come_again_once(name: str, objective: Any) -> None:
+@pytest.mark.parametrize(("objective", "weight"), [("kl", 0.0), ("kl", 0.5), ("layers", 0.0), ("tokens", 0.5)], ids=str)
+def test_the_teacher_sees_sequences_that_come_again_once(name: str, objective: Any, weight: float) -> None:
     """In whatever company they come; the losses are those of a teacher that sees them every time."""
     student, teacher = build_toy(name), build_toy(name, seed=1)
     layers = next(each for each, module in teacher.named_modules() if isinstance(module, nn.ModuleList))
     calls: list[int] = []
     teacher.get_submodule(layers)[0].register_forward_hook(lambda _module, args, _output: calls.append(len(args[0])))
-    keeping, plain = (Objective(objective, student, teacher, layers, torch.float32, 1000) for _ in range(2))
+    keeping, plain = (Objective(objective, student, teacher, layers, torch.float32, 1000, weight) for _ in range(2))
     for ids, new in ((IDS[:3], 3), (IDS[[2, 0, 4]], 1), (IDS[[1, 4]], 0), (IDS, 1)):
         calls.clear()
         found = keeping.losses(ids, again=True)
@@ -707,16 +711,18 @@ def held_ids(words: Path) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "llama-tied", "phi"])
-@pytest.mark.parametrize("objective", ["kl", "layers", "tokens"])
-def test_other_models_and_objectives(name: str, objective: str, words: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("objective", "layer_weight"), [("kl", 0), ("layers", 0), ("tokens", 0), ("kl", 0.5)])
+def test_other_models_and_objectives(
+    name: str, objective: str, layer_weight: float, words: Path, tmp_path: Path
+) -> None:
     """Transposed layers, biases, tied heads, dropout in the config; gradient checkpointing changes no byte."""
     toy = toy_folder(tmp_path / "toy", name)
     made(toy, words, tmp_path / "small", method={"name": "svd"})
-    settings = quick(words, objective=objective, rate=0.005)
+    settings = quick(words, objective=objective, layer_weight=layer_weight, rate=0.005)
     record = healed(tmp_path / "small", tmp_path / "out", settings)
     healing = record.healing[0]
     assert healing.after.objective < healing.before.objective
-    assert (healing.original is None) == (objective == "tokens")
+    assert (healing.original is None) == (objective == "tokens" and not layer_weight)
     healed(tmp_path / "small", tmp_path / "again", settings.model_copy(update={"checkpointing": True}))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
     assert lexigram.verify(tmp_path / "out", against=str(toy)).passed
@@ -1257,6 +1263,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(small: Path
         ({"texts": ()}, "texts is"),
         ({"texts": "t", "objective": "masked"}, "objective is 'masked'; it should be 'kl', 'layers' or 'tokens'"),
         ({"texts": "t", "zork": 1}, "unknown key 'zork'"),
+        ({"texts": "t", "layer_weight": -1}, "layer_weight is -1"),
+        ({"texts": "t", "objective": "layers", "layer_weight": 1}, "`layers` is these alone; leave it out, or take"),
     ],
 )
 def test_bad_settings(content: dict[str, Any], says: str) -> None:

@@ -1,4 +1,4 @@
-"""What a model is trained for: to predict as another one does, to have its layers' outputs, or to predict a text.
+"""What a model is trained for: to predict as another one does or a text, to have its layers' outputs, or two of these.
 
 Losses of token sequences and the memory that they take. Nothing here changes a model or knows an optimiser.
 """
@@ -49,6 +49,8 @@ class Objective:
     - ``layers``: ``||H - H'||_F^2 / ||H||_F^2`` of every decoder layer's output, the mean over the layers;
     - ``tokens``: minus the log-likelihood of each token but the first, given those before it, the mean over them.
 
+    `layer_weight` times ``layers`` is added to the others.
+
     `layers` names the list of decoder layers in both models, `dtype` is that of the forward pass (autocast), `at_once` how many
     tokens are run at a time.
     """
@@ -59,6 +61,7 @@ class Objective:
     layers: str
     dtype: torch.dtype
     at_once: int
+    layer_weight: float = 0.0
 
     def parts(self, ids: Tensor) -> tuple[Tensor, ...]:
         """Sequences (sequences, length) in parts that can be run at once."""
@@ -69,7 +72,7 @@ class Objective:
 
         `again` tells that they come again: what the teacher makes of them is then kept, in `kept_bytes` of memory.
         """
-        return self._of(self._run(self.student, ids, logits=self._predicts), ids, again=again)
+        return self._of(self._run(self.student, ids, logits=self.name != "layers"), ids, again=again)
 
     def measured(self, ids: Tensor, step: Callable[[], None] = lambda: None, *, again: bool = False) -> Losses:
         """The means over sequences that nothing is trained on; `step` is called after each of them. `again`: see `losses`."""
@@ -88,32 +91,35 @@ class Objective:
         if self.teacher is None:
             return 0
         width: int = self.teacher.config.get_text_config().hidden_size
-        states = 1 if self._predicts else len(_listed(self.teacher, self.layers))
+        states = (self.name == "kl") + (len(_listed(self.teacher, self.layers)) if "layers" in self._terms else 0)
         return ids.numel() * width * states * self.dtype.itemsize
 
-    @property
-    def _predicts(self) -> bool:
-        """Whether it is one of logits."""
-        return self.name != "layers"
+    @cached_property
+    def _terms(self) -> dict[ObjectiveName, float]:
+        """What is added up, by weight."""
+        return {self.name: 1.0, **({"layers": self.layer_weight} if self.layer_weight else {})}
 
     @cached_property
     def _teacher(self) -> "_Teacher":
         assert self.teacher is not None
-        return _Teacher(self.teacher, partial(self._run, self.teacher, logits=self._predicts))
+        predicts = self.name == "kl"
+        return _Teacher(self.teacher, partial(self._run, self.teacher, logits=predicts), predicts=predicts)
 
     def _of(self, found: Outputs, ids: Tensor, *, again: bool) -> Tensor:
         wanted = None
         if self.teacher is not None:
             with inference(self.teacher):
                 wanted = self._teacher.again(ids) if again else self._teacher.run(ids)
-        return _LOSSES[self.name](found, wanted, ids.to(found.logits.device))
+        ids = ids.to(found.logits.device)
+        losses = [weight * _LOSSES[name](found, wanted, ids) for name, weight in self._terms.items()]
+        return torch.stack(losses).sum(0)
 
     def _run(self, model: PreTrainedModel, ids: Tensor, *, logits: bool) -> Outputs:
         """Where no logits are wanted, models that can leave them out give those of the last position alone."""
         few = {} if logits or "logits_to_keep" not in signature(model.forward).parameters else {"logits_to_keep": 1}
         autocast = torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
         outputs: list[Tensor] = []
-        noting = nullcontext() if self._predicts else _noting(_listed(model, self.layers), outputs)
+        noting = _noting(_listed(model, self.layers), outputs) if "layers" in self._terms else nullcontext()
         with autocast, noting:
             found = model(input_ids=ids.to(model.device), use_cache=False, **few).logits
         return Outputs(found, outputs)
@@ -122,15 +128,16 @@ class Objective:
 class _Teacher:
     """What a model makes of sequences; of those that come again it is computed once.
 
-    Kept are the outputs of its layers where `run` notes them, and otherwise what its base model gives to its head, which is
-    applied anew: a vocabulary is far wider than hidden states. What is kept is made one sequence at a time, so that it does
-    not depend on which of them come together. A model whose head does not make the same of it is run every time.
+    Kept are the outputs of its layers where `run` notes them and, where it `predicts`, what its base model gives to its head,
+    which is applied anew: a vocabulary is far wider than hidden states. What is kept is made one sequence at a time, so that
+    it does not depend on which of them come together. A model whose head does not make the same of it is run every time.
     """
 
-    def __init__(self, model: PreTrainedModel, run: Callable[[Tensor], Outputs]) -> None:
+    def __init__(self, model: PreTrainedModel, run: Callable[[Tensor], Outputs], *, predicts: bool) -> None:
         self.run = run
+        self._predicts = predicts
         self._base: Any = model.base_model
-        self._splits: bool | None = None if self._base is not model else False
+        self._splits: bool | None = False if predicts and self._base is model else None
         self._kept: dict[bytes, list[Tensor]] = {}
         self._given: Callable[..., Any] | None = None
 
@@ -140,7 +147,9 @@ class _Teacher:
         if not all(kept):
             return self.run(ids)
         states = [torch.cat(each) for each in zip(*kept, strict=True)]
-        return Outputs(states[0].new_empty(0), states) if self._given is None else self._headed(states[0], ids)
+        if not self._predicts:
+            return Outputs(states[0].new_empty(0), states)
+        return Outputs(self._headed(states[0], ids), states[1:])
 
     def _of(self, row: Tensor) -> list[Tensor]:
         key = row.cpu().numpy().tobytes()
@@ -158,21 +167,21 @@ class _Teacher:
             found = self.run(row)
         finally:
             hook.remove()
-        if found.layers:
+        if not self._predicts:
             return found.layers
         state = getattr(given[0], "last_hidden_state", None) if given else None
         if self._splits is None and state is not None:
             self._given = type(given[0])
-            self._splits = torch.equal(self._headed(state, row).logits, found.logits)
-        return [state] if self._splits and state is not None else []
+            self._splits = torch.equal(self._headed(state, row), found.logits)
+        return [state, *found.layers] if self._splits and state is not None else []
 
-    def _headed(self, states: Tensor, ids: Tensor) -> Outputs:
+    def _headed(self, states: Tensor, ids: Tensor) -> Tensor:
         """What the head makes of hidden states (sequences, length, width)."""
         assert self._given is not None
         given = self._given(last_hidden_state=states)
         self._base.forward = lambda *_args, **_options: given
         try:
-            return self.run(ids)
+            return self.run(ids).logits
         finally:
             del self._base.forward
 

@@ -147,7 +147,7 @@ class _Material:
         student.requires_grad_(False)
         replace_leaves(student, TrainableLeaf)
         layers = decoder_layers_name(Source.resolve(str(folder)).skeleton())  # they are known by their linear layers
-        objective = Objective(settings.objective, student, teacher, layers, dtype, _AT_ONCE)
+        objective = Objective(settings.objective, student, teacher, layers, dtype, _AT_ONCE, settings.layer_weight)
         return cls(objective, train, held, device)
 
     @property
@@ -261,7 +261,7 @@ def _trained(leaf: Leaf) -> int:
 
 def _original(record: RunRecord, settings: HealingSettings, against: str | None) -> str | None:
     """The model that is imitated, where one is."""
-    if settings.objective in NEEDS_TEACHER:
+    if settings.imitates:
         return against or record.model
     if against is not None:
         names = " or ".join(NEEDS_TEACHER)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from lexigram.distillation import Objective, ObjectiveName
+from lexigram.distillation import NEEDS_TEACHER, Objective, ObjectiveName
 from lexigram.errors import LexigramError
 from lexigram.factors.training import built_once
 from lexigram.headers import read_metadata
@@ -90,6 +90,12 @@ class HealingSettings(BaseModel):
         description="Predict as the original (`kl`), have its decoder layers' outputs (`layers`), or predict the text "
         "(`tokens`).",
     )
+    layer_weight: Annotated[float, Shown(_TRAINING)] = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How much the errors of the decoder layers' outputs (`layers`, a mean) add to `kl` or `tokens`.",
+    )
     steps: Annotated[int | None, Shown(_TRAINING, none=f"{STEPS}, or what the minutes allow")] = Field(
         default=None, ge=1, description="Steps of the optimiser (AdamW) at most."
     )
@@ -154,6 +160,20 @@ class HealingSettings(BaseModel):
             return cls.model_validate(content)
         except ValidationError as error:
             raise LexigramError(f"the settings: {explain(error)}") from None
+
+    @model_validator(mode="after")
+    def _adds(self) -> "HealingSettings":
+        if self.layer_weight and self.objective == "layers":
+            raise ValueError(
+                f"layer_weight {self.layer_weight:g} adds the layers' errors to another objective, and `layers` is these "
+                "alone; leave it out, or take --objective kl or tokens"
+            )
+        return self
+
+    @property
+    def imitates(self) -> bool:
+        """Whether there is an original to train against."""
+        return self.objective in NEEDS_TEACHER or self.layer_weight > 0
 
     @property
     def most_steps(self) -> int | None:

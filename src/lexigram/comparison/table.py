@@ -215,7 +215,9 @@ def _training(settings: dict[str, Any]) -> str:
     ends = [f"{settings[unit]:g} {unit}" for unit in ("steps", "minutes") if settings[unit] is not None]
     told = f", {' or '.join(ends)} at most" if ends else ""
     steps = f"{settings['batch']} sequences a step, rate {settings['rate']:g}"
-    return f"on {names} by the objective `{settings['objective']}`{told}, {steps}"
+    weight = settings.get("layer_weight", 0)
+    added = f" + {weight:g} x `layers`" if weight else ""
+    return f"on {names} by the objective `{settings['objective']}`{added}{told}, {steps}"
 
 
 def _counted(name: str, values: Sequence[int]) -> str:
