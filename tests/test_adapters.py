@@ -4,8 +4,10 @@ The oracles: the same adapters beside the dense weights that the forms stand for
 that rank, inputs and outputs make.
 """
 
+import copy
 import errno
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +26,7 @@ import lexigram
 from checkpoints import IDS, WEIGHTS, edit_tensors, logits
 from conftest import Command, contents, toy_folder
 from drawn import normal
-from lexigram import LexigramError, Recipe, RunRecord
+from lexigram import LexigramError, Recipe
 from lexigram.factors import (
     Bfloat,
     Codec,
@@ -41,6 +44,10 @@ from lexigram.records import read_run
 from lexigram.transformers_io import FactoredLinear, factored_layers
 
 peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{words}")
+    for words in ("is_gradient_checkpointing", "fan_in_fan_out", "merging LoRA weights won't be possible")
+]
 
 FORMS: dict[str, dict[str, Any]] = {
     "shared dictionaries": {"method": {"name": "cospadi", "iterations": 2}, "share": "site"},
@@ -59,7 +66,7 @@ def compressed(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     place = tmp_path_factory.mktemp("adapters")
 
     def compress(form: str = "shared bases", toy: str = "llama", **settings: Any) -> Path:
-        key = (form, toy, *settings.items().__str__().split())
+        key = json.dumps([form, toy, settings])
         if key not in made:
             model = place / toy
             if not model.exists():
@@ -153,24 +160,44 @@ def test_gradients_in_the_inputs(codec: Codec) -> None:
         assert torch.autograd.gradgradcheck(FactoredLinear(factor), (x,))
 
 
-def test_no_decoded_matrix_waits_for_the_gradient(compressed: Callable[..., Path]) -> None:
-    """What autograd keeps of compressed layers would otherwise be the dense model."""
-    kept: list[tuple[int, ...]] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
-
+def test_what_is_kept_for_gradients_are_stored_tensors(compressed: Callable[..., Path]) -> None:
+    """Decoded, they would be the dense model."""
     for form in FORMS:
-        for _, layer in factored_layers(opened(compressed(form))):
+        model = opened(compressed(form))
+        stored = {tensor.data_ptr() for tensor in model.state_dict().values() if not tensor.is_floating_point()}
+        for _, layer in factored_layers(model):
+            kept: list[Tensor] = []
             x = normal(2, 7, layer.in_features).requires_grad_()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
                 layer(x)
-            assert kept == []
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                nn.functional.linear(x, layer.factors.to_dense())
-            assert sorted(kept.pop()) == sorted(layer.weight.shape)
-            kept.clear()
+            assert kept
+            assert {tensor.data_ptr() for tensor in kept if tensor.numel()} <= stored
+
+
+@pytest.mark.parametrize("form", ["int3", "shared bases", "low rank + sparse"])
+def test_gradients_through_layers_that_are_offloaded(
+    form: str, compressed: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Their tensors are gone again when the gradient is asked for."""
+    found = []
+    for offloaded in (False, True):
+        model = opened(compressed(form)).requires_grad_(False)
+        if offloaded:
+            accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+        embedded = normal(2, 15, 64).requires_grad_()
+        model(inputs_embeds=embedded, labels=IDS).loss.backward()
+        found.append(embedded.grad)
+    assert torch.allclose(*found, rtol=1e-5)
+
+
+def test_transforms_of_functions(compressed: Callable[..., Path]) -> None:
+    [(_, layer), *_] = factored_layers(opened(compressed("low rank + sparse")))
+    x, direction = normal(3, layer.in_features, seed=1), normal(3, layer.in_features, seed=2)
+    matrix = layer.factors.to_dense()
+    gradient = torch.func.grad(lambda x: layer(x).sum())(x)
+    assert torch.allclose(gradient, matrix.sum(0).expand(3, -1), atol=1e-5)
+    _, forwards = torch.func.jvp(layer, (x.requires_grad_(),), (direction,))
+    assert torch.allclose(forwards, direction @ matrix.T, atol=1e-5)
 
 
 def test_a_saved_adapter_is_found_again(compressed: Callable[..., Path], tmp_path: Path) -> None:
@@ -182,6 +209,13 @@ def test_a_saved_adapter_is_found_again(compressed: Callable[..., Path], tmp_pat
     own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     own.load_adapter(str(tmp_path / "lora"))
     assert torch.equal(logits(own), logits(model))
+    own.save_pretrained(tmp_path / "own")  # of such a model transformers saves the adapters, and a Trainer does so
+    assert {file.name for file in (tmp_path / "own").iterdir()} >= {"adapter_config.json", ADAPTER}
+    assert not (tmp_path / "own" / "config.json").exists()
+    first, second = (load_file(tmp_path / name / ADAPTER) for name in ("lora", "own"))
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+    with pytest.raises(LexigramError, match="its adapters from `add_adapter` or `load_adapter`; save them, and open"):
+        lexigram.merge_adapters(own)
 
 
 def test_a_trainer_trains_adapters_and_nothing_else(compressed: Callable[..., Path], tmp_path: Path) -> None:
@@ -209,16 +243,21 @@ def test_what_would_change_a_weight_is_refused(compressed: Callable[..., Path]) 
     folder = compressed()
     model = adapted(opened(folder))
     expected = logits(model)
-    refusal = r"held as factors and has no weight to read or change.*lexigram\.merge_adapters"
+    refusal = r"held as factors and has no weight to read or change \(`data` of.*`lexigram merge` merges it"
     for merging in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_adapter(safe_merge=True)):
         with pytest.raises(LexigramError, match=refusal):
             merging()
         assert torch.equal(logits(model), expected)
-    for start in ("pissa", "olora"):
-        with pytest.raises(LexigramError, match=refusal):
-            peft.get_peft_model(
-                opened(folder), peft.LoraConfig(target_modules="all-linear", r=4, init_lora_weights=start)
-            )
+    others = [
+        peft.LoraConfig(target_modules="all-linear", r=4, init_lora_weights="pissa"),
+        peft.LoraConfig(target_modules="all-linear", r=4, init_lora_weights="olora"),
+        peft.AdaLoraConfig(target_modules="all-linear", total_step=10),
+    ]
+    for config in others:
+        with pytest.raises(LexigramError, match="has no weight to read or change"):
+            peft.get_peft_model(opened(folder), config)
+    with pytest.raises(TypeError, match=r"got <class '.*CompressedWeight'>"):
+        peft.get_peft_model(opened(folder), peft.LoraConfig(target_modules="all-linear", use_dora=True))
 
 
 def test_a_layer_tells_its_shape_and_gives_no_values(compressed: Callable[..., Path]) -> None:
@@ -230,6 +269,9 @@ def test_a_layer_tells_its_shape_and_gives_no_values(compressed: Callable[..., P
         assert "weight" not in dict(layer.named_parameters()), name
         with pytest.raises(LexigramError, match="no weight to read or change"):
             layer.weight.sum()
+        with pytest.raises(LexigramError, match="no weight to read or change"):
+            layer.weight.data = torch.zeros(1)
+        assert copy.deepcopy(layer.weight).shape == pickle.loads(pickle.dumps(layer.weight)).shape == layer.weight.shape
 
 
 # ---------------------------------------------------------------------------------------------------------- merged
@@ -306,7 +348,7 @@ def test_what_cannot_be_merged_is_refused_and_left(compressed: Callable[..., Pat
         last = list(beside(model).values())[-1].lora_A["default"].weight
         before = last.clone()
         last[0, 0] = float("nan")
-    with pytest.raises(LexigramError, match=r"adapter of .*down_proj cannot be stored: .*finite"):
+    with pytest.raises(LexigramError, match=r"values in .*down_proj\.lora_A.* that are not finite"):
         lexigram.merge_adapters(model)
     with torch.no_grad():
         last.copy_(before)
@@ -318,9 +360,24 @@ def test_what_cannot_be_merged_is_refused_and_left(compressed: Callable[..., Pat
     }
     for name, config in others.items():
         other = peft.get_peft_model(opened(compressed()), config)
-        with pytest.raises(LexigramError, match=r"LoRA alone can be merged|is no plain LoRA \(ALora"):
+        with pytest.raises(LexigramError, match=r"is (ia3|loha), and LoRA alone can|is no plain LoRA \(ALora"):
             lexigram.merge_adapters(other)
         assert beside(other), name
+
+
+def test_what_peft_does_not_merge_leaves_compressed_layers_as_they_were(compressed: Callable[..., Path]) -> None:
+    folder = compressed(include=["q_proj"])
+    options = {"target_modules": ["k_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(opened(folder), peft.LoraConfig(**options, lora_bias=True))
+    model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    expected, before = logits(model), beside(model)
+    with pytest.raises(
+        LexigramError, match=r"PEFT does not merge .* not compressed: RuntimeError: Impossible to merge"
+    ):
+        lexigram.merge_adapters(model)
+    assert beside(model) == before != {}
+    assert torch.equal(logits(model), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -332,10 +389,6 @@ def adapter(compressed: Callable[..., Path], tmp_path: Path) -> Path:
     return saved_adapter(compressed(), tmp_path / "lora")
 
 
-def merged_folder(folder: Path, adapter: Path, out: Path) -> RunRecord:
-    return lexigram.merge(folder, adapter, out)
-
-
 def test_a_merged_folder_is_a_compressed_one(
     compressed: Callable[..., Path], adapter: Path, tmp_path: Path, command: Command, words: Path
 ) -> None:
@@ -343,7 +396,7 @@ def test_a_merged_folder_is_a_compressed_one(
     before = contents(folder)
     ended = command("merge", folder, "--adapter", adapter, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
-    assert "of which the adapter is" in ended.out
+    assert "the forms grew by" in ended.out
     assert contents(folder) == before
     old, new = read_run(folder), read_run(tmp_path / "out")
     grown = sum(2 * 4 * sum(layer.shape) for layer in old.layers)
@@ -373,11 +426,14 @@ def test_merging_goes_on_from_healed_and_from_merged(
     settings = lexigram.HealingSettings.parse(
         {"texts": str(words), "sequences": 8, "held_out": 4, "length": 32, "batch": 4, "steps": 2, "warmup": 1}
     )
-    merged_folder(compressed(), adapter, tmp_path / "once")
+    lexigram.merge(compressed(), adapter, tmp_path / "once")
+    with pytest.raises(LexigramError, match=r"an adapter was merged into it, which its original .* does not have"):
+        lexigram.heal(tmp_path / "once", tmp_path / "healed", settings, device="cpu")
+    settings = settings.model_copy(update={"objective": "tokens"})
     healed = lexigram.heal(tmp_path / "once", tmp_path / "healed", settings, device="cpu")
-    assert healed.fitted_before == "healing and merging"
+    assert healed.done_since_fit == "healing and merging"
     again = saved_adapter(tmp_path / "healed", tmp_path / "again", target_modules=["up_proj"])
-    twice = merged_folder(tmp_path / "healed", again, tmp_path / "twice")
+    twice = lexigram.merge(tmp_path / "healed", again, tmp_path / "twice")
     assert len(twice.merged) == 2
     assert lexigram.verify(tmp_path / "twice", against=twice.model).passed
     model = peft.PeftModel.from_pretrained(opened(tmp_path / "healed"), again)
@@ -403,7 +459,10 @@ def test_what_is_not_compressed_may_be_changed_and_is_named(
     model.save_pretrained(tmp_path / "lora")
     ended = command("merge", folder, "-a", tmp_path / "lora", "-o", tmp_path / "out")
     assert ended.code == 0, ended.err
-    assert "tensors that are not compressed are no longer the original's" in ended.err
+    assert (
+        "no longer the original's: model.layers.0.post_attention_layernorm.weight, model.layers.0.self_attn.k"
+        in ended.err
+    )
     record = read_run(tmp_path / "out")
     kinds = {name.removesuffix(".weight").rpartition(".")[2] for name in record.merged[0].changed}
     assert kinds == {"k_proj", "post_attention_layernorm"}
@@ -413,6 +472,23 @@ def test_what_is_not_compressed_may_be_changed_and_is_named(
     assert any("4 were changed by adapters" in check.message for check in found.checks)
     edit_tensors(tmp_path / "out", lambda tensors: tensors["model.layers.0.self_attn.v_proj.weight"].mul_(2))
     assert not lexigram.verify(tmp_path / "out", against=record.model).passed
+
+
+def test_adapters_in_float32_leave_the_dtype_of_a_model(compressed: Callable[..., Path], tmp_path: Path) -> None:
+    """The first parameter of a model decides what its config says."""
+    folder = compressed(include=["q_proj"], dtype="bfloat16")
+    model = peft.get_peft_model(
+        opened(folder),
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "lora")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "lora" / ADAPTER).values()} == {torch.float32}
+    record = lexigram.merge(folder, tmp_path / "lora", tmp_path / "out")
+    grown = sum(2 * 8 * sum(layer.shape) for layer in record.layers)
+    assert record.model_bytes_after == read_run(folder).model_bytes_after + grown
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    found = lexigram.verify(tmp_path / "out", against=record.model)
+    assert found.passed, found.failed
 
 
 def edit_adapter(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -428,6 +504,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> No
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+STORED = "base_model.model.model.layers.0.self_attn.o_proj.base_layer.factors.left.values"
 MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no adapter": (shutil.rmtree, "there is no folder .*lora; name the folder that PEFT"),
     "no config": (lambda lora: (lora / "adapter_config.json").unlink(), "adapter_config.json"),
@@ -435,7 +512,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda lora: (lora / ADAPTER).unlink(), f"has no {ADAPTER}"),
     "cut short": (
         lambda lora: (lora / ADAPTER).write_bytes((lora / ADAPTER).read_bytes()[:-9]),
-        "cannot put the adapter",
+        "cannot be read: it has .* bytes, by its header",
     ),
     "another kind": (lambda lora: edit_adapter(lora, lambda it: it.update(peft_type="IA3")), "of the type 'IA3'"),
     "replicated": (
@@ -443,10 +520,29 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "layer_replication",
     ),
     "another rank": (lambda lora: edit_adapter(lora, lambda it: it.update(r=10**9)), "cannot put the adapter"),
-    "dora": (lambda lora: edit_adapter(lora, lambda it: it.update(use_dora=True)), "cannot put the adapter"),
+    "dora": (
+        lambda lora: edit_adapter(lora, lambda it: it.update(use_dora=True)),
+        "cannot put the adapter .*CompressedWeight",
+    ),
+    "a part of the weight": (
+        lambda lora: edit_adapter(lora, lambda it: it.update(init_lora_weights="pissa")),
+        "cannot put the adapter .*lora beside the model, since it changes weights that are compressed",
+    ),
+    "a module that is missing": (
+        lambda lora: edit_adapter(lora, lambda it: it.update(modules_to_save=["lm_head"])),
+        "lacks .*lm_head",
+    ),
+    "stored values": (
+        lambda lora: edit_weights(lora, lambda it: it.update({STORED: torch.zeros(8, dtype=torch.uint8)})),
+        "has .*factors.*unlike its configuration",
+    ),
+    "a norm": (
+        lambda lora: edit_weights(lora, lambda it: it.update({"base_model.model.model.norm.weight": torch.zeros(64)})),
+        "has .*norm.weight, unlike its configuration",
+    ),
     "other layers": (
         lambda lora: edit_adapter(lora, lambda it: it.update(target_modules=["k_proj"])),
-        "has .*lora_A.*unlike the model",
+        "has .*lora_A.*unlike its configuration",
     ),
     "no layers": (
         lambda lora: edit_adapter(lora, lambda it: it.update(target_modules=["zork"])),
@@ -455,13 +551,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor less": (lambda lora: edit_weights(lora, lambda it: it.pop(FIRST)), "lacks .*q_proj.lora_A"),
     "a tensor more": (
         lambda lora: edit_weights(lora, lambda it: it.update({FIRST.replace("layers.0", "layers.7"): it[FIRST] + 1})),
-        "has .*layers.7.*unlike the model",
+        "has .*layers.7.*unlike its configuration",
     ),
     "another shape": (
         lambda lora: edit_weights(lora, lambda it: it.update({FIRST: it[FIRST][:, 1:].contiguous()})),
         "cannot put the adapter",
     ),
-    "NaN": (lambda lora: edit_weights(lora, lambda it: it[FIRST].fill_(float("nan"))), "q_proj cannot be stored"),
+    "NaN": (lambda lora: edit_weights(lora, lambda it: it[FIRST].fill_(float("nan"))), "q_proj.lora_A.* not finite"),
 }
 
 
@@ -475,6 +571,18 @@ def test_mistakes_in_an_adapter(
     assert ended.code == 1
     assert re.search(says, ended.error), ended.error
     assert {path.name for path in tmp_path.iterdir()} <= {"lora"}
+
+
+def test_biases_that_an_adapter_says_it_has(compressed: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT would leave those of the model in their place."""
+    folder = compressed("int3", "gpt2")
+    lora = saved_adapter(folder, tmp_path / "lora")
+    edit_adapter(lora, lambda it: it.update(bias="all"))
+    with pytest.raises(LexigramError, match=r"lora lacks .*bias, unlike its configuration"):
+        lexigram.merge(folder, lora, tmp_path / "out")
+    shutil.rmtree(lora)
+    record = lexigram.merge(folder, saved_adapter(folder, lora, bias="all"), tmp_path / "out")
+    assert record.merged[0].changed == []
 
 
 def test_mistakes_around_it(

@@ -1309,6 +1309,18 @@ def test_a_folder_with_an_adapter_in_it_is_refused(small: Path, words: Path, tmp
         healed(folder, tmp_path / "out", quick(words))
 
 
+@pytest.mark.parametrize("name", ["../payload", "/payload", "inside/payload", "..", "a\\b", "a\nb"])
+def test_a_record_names_files_of_its_folder_alone(name: str, small: Path, words: Path, tmp_path: Path) -> None:
+    """Healing copies them, and would write elsewhere by such a name."""
+    folder = shutil.copytree(small, tmp_path / "small")
+    record = json.loads((folder / "run.json").read_text())
+    record["files"].append(name)
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(LexigramError, match=r"run\.json was not written by lexigram .*: files\."):
+        healed(folder, tmp_path / "out", quick(words))
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
 def test_hashes_of_a_healed_folder_are_those_of_its_files(small: Path, words: Path, tmp_path: Path) -> None:
     record = healed(small, tmp_path / "out", quick(words))
     assert record.files_sha256 == {name: file_sha256(tmp_path / "out" / name) for name in record.files_sha256}

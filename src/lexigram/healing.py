@@ -66,11 +66,11 @@ def heal(
     are those with the least loss on held-out sequences, which may be the ones of before.
 
     Args:
-        folder: what `compress` or `heal` wrote.
+        folder: what `compress`, `heal` or `merge` wrote.
         out: a folder that does not exist, is empty, or (with `overwrite`) holds an earlier result of ours.
         settings: what is trained for, on which text, and for how long.
         against: the model that was compressed, which is imitated; by default the one that the folder's `run.json` names. An
-            objective that imitates none takes none.
+            objective that imitates none takes none, and one must be named where an adapter was merged since.
         device: where both models are put.
         overwrite: replace such a result.
         resume: go on with a training that ended early, if there is one.
@@ -262,6 +262,11 @@ def _trained(leaf: Leaf) -> int:
 def _original(record: RunRecord, settings: HealingSettings, against: str | None) -> str | None:
     """The model that is imitated, where one is."""
     if settings.imitates:
+        if record.merged and against is None:
+            raise LexigramError(
+                f"an adapter was merged into it, which its original {record.model} does not have and healing would undo; take "
+                "--objective tokens, or name the original with --against to heal it nevertheless"
+            )
         return against or record.model
     if against is not None:
         names = " or ".join(NEEDS_TEACHER)

@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec
-from lexigram.folders import CONFIG, check_plain, opening
-from lexigram.headers import file_sha256
+from lexigram.folders import CONFIG, check_plain, opening, printable
+from lexigram.headers import DTYPES, file_sha256, read_headers
 from lexigram.jsonfiles import read_json
 from lexigram.recording import (
     UNCOMPRESSED,
@@ -25,12 +26,15 @@ from lexigram.recording import (
     matrices,
     stored_bytes,
     tensor_hashes,
+    weight_files,
 )
 from lexigram.records import MergeRecord, RunRecord, read_run, versions
 from lexigram.running import Silent, Stages
 from lexigram.staging import RUN_FILE, check_outside, check_target, staged
 from lexigram.transformers_io import factored_layers, load, merge_adapters
+from lexigram.transformers_io.linear import NoWeightError
 from lexigram.verification import verify
+from lexigram.weights import check_finite
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -58,8 +62,8 @@ def merge(
         layers' errors are those of before.
 
     Raises:
-        LexigramError: for a folder that is damaged, an adapter that is no LoRA or not of this model, and whatever else the user
-            can mend; `out` is then as it was.
+        LexigramError: for a folder that is damaged, an adapter that is no LoRA or not of this model, values that are not
+            finite, and whatever else the user can mend; `out` is then as it was.
     """
     started = time.perf_counter()
     folder, adapter, out = Path(folder).expanduser(), Path(adapter).expanduser(), Path(out)
@@ -68,37 +72,39 @@ def merge(
     record = read_run(folder)
     check_outside(folder, out)
     _check_adapter(adapter)
-    for check in verify(folder, progress=progress).failed:
-        raise LexigramError(f"{folder} is not as it was written: {check.message}; fetch it or compress again")
+    if failed := verify(folder, progress=progress).failed:
+        raise LexigramError(f"{folder} is not as it was written: {failed[0].message}; fetch it or compress again")
     with progress.stage("merge the adapter", 1) as step:
-        merged = merge_adapters(_adapted(load(folder), adapter))
+        model = load(folder)
+        dtype = model.dtype
+        merged = merge_adapters(_adapted(model, adapter))
+        _store_in(merged, folder, dtype)
+        check_finite(merged, f"{folder} with {adapter}")
         with staged(out, overwrite=overwrite) as staging:
             merged.save_pretrained(staging)
-            for file in (folder / name for name in record.files if name not in (RUN_FILE, CONFIG)):
-                if ".safetensors" not in file.name:
-                    shutil.copyfile(file, staging / file.name)
-            forms = {name: layer.factors.spec for name, layer in factored_layers(merged)}
-            result = _with_forms(record, forms, staging)
-            result.merged.append(
-                MergeRecord(
-                    lexigram=versions()["lexigram"],
-                    command=" ".join(sys.argv),
-                    versions=versions(),
-                    adapter=str(adapter),
-                    adapter_sha256=file_sha256(adapter / ADAPTER_WEIGHTS),
-                    bytes=result.bytes_after - record.bytes_after,
-                    changed=_changed(record, result),
-                    tensors_sha256=folder_sha256(folder),
-                    seconds=time.perf_counter() - started,
-                )
+            for name in record.files:
+                if name not in (RUN_FILE, CONFIG) and ".safetensors" not in name:
+                    shutil.copyfile(folder / name, staging / name)
+            grown = _with_forms(record, {name: layer.factors.spec for name, layer in factored_layers(merged)}, staging)
+            merging = MergeRecord(
+                lexigram=versions()["lexigram"],
+                command=" ".join(sys.argv),
+                versions=versions(),
+                adapter=str(adapter),
+                adapter_sha256={name: file_sha256(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)},
+                bytes=grown.bytes_after - record.bytes_after,
+                changed=_changed(record, grown),
+                tensors_sha256=folder_sha256(folder),
+                seconds=time.perf_counter() - started,
             )
+            result = grown.model_copy(update={"merged": [*record.merged, merging]})
             (staging / RUN_FILE).write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         step()
     return result
 
 
 def _check_adapter(adapter: Path) -> None:
-    """Refuse what is no LoRA adapter, has its weights in a pickle, or would change the model's layers before it is merged."""
+    """Refuse what is no LoRA adapter, would change the model's layers before it is merged, or has its weights in a pickle."""
     remedy = "name the folder that PEFT's save_pretrained wrote"
     if not adapter.is_dir():
         raise LexigramError(f"there is no folder {adapter}; {remedy}")
@@ -116,26 +122,39 @@ def _check_adapter(adapter: Path) -> None:
 
 
 def _adapted(model: PreTrainedModel, adapter: Path) -> Any:
-    """The model with the adapter beside it, every tensor of which has found its place."""
+    """The model with the adapter beside it: all of the adapter's tensors are in the file, and no others."""
     try:
         import peft
     except ImportError as error:
         raise LexigramError("merging an adapter needs PEFT, which reads it; pip install peft") from error
-    with opening(f"cannot put the adapter {adapter} beside the model", "name the model that it was trained beside"):
-        config = peft.PeftConfig.from_pretrained(str(adapter))
-        config.inference_mode = True
-        config.base_model_name_or_path = (
-            None  # what folder it was trained beside does not matter, what its tensors fit to does
-        )
-        # On the meta device nothing is allocated by what the config says alone.
-        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
-        found = adapted.load_adapter(str(adapter), "default", torch_device="cpu", low_cpu_mem_usage=True)
-    missing = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
-    for name, what in [(name, "lacks") for name in missing] + [(name, "has") for name in found.unexpected_keys]:
-        raise LexigramError(
-            f"the adapter {adapter} {what} {name}, unlike the model; name the model that it was trained beside"
-        )
+    what = f"cannot put the adapter {adapter} beside the model"
+    with opening(what, "name the model that it was trained beside"):
+        try:
+            config = peft.PeftConfig.from_pretrained(str(adapter))
+            config.inference_mode = True
+            # Not the place that the adapter was trained beside decides, but whether its tensors fit.
+            config.base_model_name_or_path = None
+            adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+            own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+            found = read_headers([adapter / ADAPTER_WEIGHTS]).keys()
+            if own != found:
+                name = min(own ^ found)
+                raise LexigramError(
+                    f"the adapter {adapter} {'has' if name in found else 'lacks'} {printable(name)}, unlike its configuration "
+                    "beside this model; name the model that it was trained beside"
+                )
+            adapted.load_adapter(str(adapter), "default", torch_device="cpu", low_cpu_mem_usage=True)
+        except NoWeightError as error:
+            raise LexigramError(f"{what}, since it changes weights that are compressed: {error}") from error
     return adapted
+
+
+def _store_in(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Have every value in the dtype that it has in the files of `folder`, or in `dtype`: adapters are trained in others."""
+    stored = {name: DTYPES[header.dtype] for name, header in read_headers(weight_files(folder)).items()}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(stored.get(name, dtype))
 
 
 def _with_forms(record: RunRecord, forms: dict[str, FactorSpec], folder: Path) -> RunRecord:
@@ -167,7 +186,6 @@ def _with_forms(record: RunRecord, forms: dict[str, FactorSpec], folder: Path) -
             "model_bytes_after": sum(sizes.values()),
             "bytes_by_kind": by_kind,
             "files": sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
-            "merged": [*record.merged],
             "tensors_sha256": tensor_hashes(folder),
             "files_sha256": file_hashes(folder),
         }

@@ -22,6 +22,8 @@ from lexigram.staging import RUN_FILE
 
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 SomeBytes = Annotated[int, Field(gt=0, lt=2**63)]
+FileName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
+"""Of a file in the folder itself."""
 Name = Annotated[str, Field(pattern=r"^[\w .-]+$")]
 """Of a layer, a kind or a site: what tables print, so neither markup nor control characters."""
 
@@ -135,15 +137,15 @@ class HealingRecord(_Part):
 class MergeRecord(_Part):
     """One LoRA adapter that was made a part of the forms, which grew by so many `bytes`.
 
-    `adapter_sha256` is of its file, `tensors_sha256` of the stored tensors before; `changed` are the tensors that belong to no
-    form and are what the adapter made of them.
+    `adapter_sha256` holds the hashes of its two files, by name, `tensors_sha256` that of the stored tensors before; `changed`
+    are the tensors that belong to no form and are what the adapter made of them.
     """
 
     lexigram: str
     command: str
     versions: dict[str, str]
     adapter: str
-    adapter_sha256: str
+    adapter_sha256: dict[str, str]
     bytes: Bytes
     changed: list[str]
     tensors_sha256: str
@@ -194,7 +196,7 @@ class RunRecord(_Part):
     workers_peak_memory_bytes: int = 0
     device_peak_memory_bytes: int | None
     stages: dict[str, StageCost]
-    files: list[str]
+    files: list[FileName]
     layers: list[LayerRecord]
     shared: list[SharedRecord] = []
     tensors_sha256: dict[str, str] = {}
@@ -203,7 +205,7 @@ class RunRecord(_Part):
     merged: list[MergeRecord] = []
 
     @property
-    def fitted_before(self) -> str:
+    def done_since_fit(self) -> str:
         """What was done to the values after the fits that the layers' errors are of, in a few words; empty for nothing."""
         return " and ".join(word for word, done in (("healing", self.healing), ("merging", self.merged)) if done)
 

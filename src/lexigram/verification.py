@@ -108,7 +108,7 @@ def verify(
     """Hold a compressed folder against its `run.json`, and against the original model and a text where these are given.
 
     Args:
-        folder: what `compress` wrote.
+        folder: what `compress`, `heal` or `merge` wrote.
         against: the original model, as `compress` takes it.
         texts: to measure the layers' output errors on, as `compress` takes them for its calibration; needs `against`. Where the
             tokens drawn from them are those of the run, the errors are held against the recorded ones.
@@ -273,20 +273,20 @@ def _check_uncompressed(model: PreTrainedModel, original: Weights, record: RunRe
             wrong.append(f"the original has no {name} of shape {tuple(found.shape)}")
         elif not torch.equal(theirs[name].read().to(found.device, found.dtype), found.detach()):
             wrong.append(f"{name} is not that of the original")
-    but = f"; {len(changed)} were changed by adapters" if changed else ""
-    return _judged("uncompressed", wrong, f"{count} tensors that are not compressed are the original's{but}")
+    others = f"; {len(changed)} were changed by adapters" if changed else ""
+    return _judged("uncompressed", wrong, f"{count} tensors that are not compressed are the original's{others}")
 
 
 def _check_errors(errors: Mapping[str, float], tokens: TokenSequences, record: RunRecord) -> Check:
     """The errors are those of the run, where they can be: on the same tokens, by the same definition."""
     mean = sum(errors.values()) / len(errors)
-    since = f" before {record.fitted_before}" if record.fitted_before else ""
+    since = f" before {record.done_since_fit}" if record.done_since_fit else ""
     said = f"the mean is {mean:.4f}, by the record {record.mean_relative_error:.4f}{since}"
     if tokens.sha256 != record.calibration_sha256:
         reason = "these tokens are not those that the run was calibrated on"
         return Check(name="layer errors", passed=None, message=f"{said}; not held against each other, since {reason}")
-    if record.fitted_before:
-        reason = f"the run measured before {record.fitted_before}"
+    if record.done_since_fit:
+        reason = f"the run measured before {record.done_since_fit}"
         return Check(name="layer errors", passed=None, message=f"{said}; not held against each other, since {reason}")
     if record.recipe.get("sequential"):
         reason = "the run measured on inputs from the compressed layers before, and these are the original model's"

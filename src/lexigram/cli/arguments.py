@@ -15,7 +15,7 @@ DtypeName = Enum("DtypeName", {name: name for name in ("auto", *_DTYPES)}, type=
 AUTO_DTYPE = DtypeName("auto")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=Recipe.model_fields["model"].description)]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress` wrote.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What `lexigram compress`, `heal` or `merge` wrote.")]
 Out = Annotated[
     Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write; it appears when it is complete.")
 ]

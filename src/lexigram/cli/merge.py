@@ -31,10 +31,8 @@ def merge(
         record = run_merge(folder, adapter, out, overwrite=overwrite, progress=bars)
     merged = record.merged[-1]
     say(
-        f"{out}: {tables.size(record.model_bytes_after)}, of which the adapter is {tables.size(merged.bytes)}; "
+        f"{out}: {tables.size(record.model_bytes_after)}; the forms grew by {tables.size(merged.bytes)}, to "
         f"{record.bits_per_weight:.2f} bits a weight"
     )
     if merged.changed:
-        tell(
-            f"{len(merged.changed)} tensors that are not compressed are no longer the original's: {merged.changed[0]}, ..."
-        )
+        tell(f"not compressed, and no longer the original's: {', '.join(merged.changed)}")

@@ -55,7 +55,7 @@ def inspect(
         return
     console.print(tables.bytes_table(record))
     console.print(tables.kinds_table(record))
-    console.print(tables.forms_table(record.layers, before=record.fitted_before))
-    console.print(tables.error_map(record.layers, before=record.fitted_before))
+    console.print(tables.forms_table(record.layers, before=record.done_since_fit))
+    console.print(tables.error_map(record.layers, before=record.done_since_fit))
     if plot is not None:
         say(f"written: {plot}")

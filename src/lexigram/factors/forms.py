@@ -5,7 +5,8 @@ Each stands for a matrix ``M (rows, cols)``: calling it on ``x (..., cols)`` giv
 `x`, `to_dense` gives ``M``, and its parameters are exactly the integer tensors that its spec names. Nothing here fits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -55,7 +56,8 @@ class _Leaf(Factor):
     def forward(self, x: Tensor) -> Tensor:
         """``x M^T``; the values are decoded for the length of the call only, and once more for the gradient in `x`."""
         if x.requires_grad and torch.is_grad_enabled():
-            y: Tensor = _Applied.apply(x, self)
+            names, tensors = zip(*self._tensors().items(), strict=True)
+            y: Tensor = _Applied.apply(x, partial(_like, self, names), *tensors)
             return y
         return nn.functional.linear(x, self.to_dense(x.dtype))
 
@@ -73,16 +75,34 @@ class _Leaf(Factor):
 
 
 class _Applied(torch.autograd.Function):
-    """``x M^T`` of a leaf, which keeps no decoded matrix until the gradient in `x` is asked for: it decodes it anew."""
+    """``x M^T`` of the leaf that `made` makes of stored tensors. These are kept for the gradient in `x`, and decoded anew.
+
+    It is they and not the leaf, which may have none by then: an offloaded one has them for its call alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leaf: _Leaf) -> Tensor:
-        ctx.leaf = leaf
-        return nn.functional.linear(x, leaf.to_dense(x.dtype))
+    def forward(x: Tensor, made: Callable[..., Factor], *tensors: Tensor) -> Tensor:
+        return nn.functional.linear(x, made(*tensors).to_dense(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.leaf.to_dense(gradients[0].dtype), None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.made, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        matrix = ctx.made(*ctx.saved_tensors).to_dense(gradients[0].dtype)
+        return gradients[0] @ matrix, None, *(None for _ in ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return nn.functional.linear(tangents[0], ctx.made(*ctx.saved_tensors).to_dense(tangents[0].dtype))
+
+
+def _like(leaf: _Leaf, names: Sequence[str], *tensors: Tensor) -> Factor:
+    """A leaf of the same form, with these tensors."""
+    return type(leaf)(leaf.spec, dict(zip(names, tensors, strict=True)))
 
 
 class Dense(_Leaf):

@@ -150,8 +150,8 @@ def _title(record: RunRecord, same: Mapping[str, float]) -> list[str]:
 
 def _notes(record: RunRecord, found: Iterable[LayerFigures], maps: Iterable[HeatMap]) -> list[str]:
     notes = [f"outside of the decoder layers, {each.kind}: {_said(each.figures)}" for each in outside(found)]
-    if record.fitted_before:
-        notes.append(f"errors are those before {record.fitted_before}")
+    if record.done_since_fit:
+        notes.append(f"errors are those before {record.done_since_fit}")
     if any(np.isnan(one.values).any() for one in maps):
         notes.append("hatched: not compressed, or without such a part")
     if record.shared:

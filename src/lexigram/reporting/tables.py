@@ -112,7 +112,7 @@ def bytes_table(record: RunRecord) -> Table:
 def error_map(layers: Sequence[LayerRecord], *, before: str = "") -> Table:
     """Every layer's relative output error, decoder layers down, kinds across, the worse the redder.
 
-    `before`: what was done to the values since (`RunRecord.fitted_before`), which the title then says.
+    `before`: what was done to the values since (`RunRecord.done_since_fit`), which the title then says.
     """
     names = redundancy.names_within(layers)
     kinds = list(dict.fromkeys(names))

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from lexigram.errors import LexigramError
 from lexigram.factors import DenseSpec, Factor, Product, Sum, encode
+from lexigram.folders import first_line
 from lexigram.transformers_io.linear import FactoredLinear
 from lexigram.transformers_io.quantizer import describe
+from lexigram.weights import check_finite
 
 
 def merge_adapters(model: nn.Module) -> PreTrainedModel:
@@ -26,20 +28,36 @@ def merge_adapters(model: nn.Module) -> PreTrainedModel:
         model: what `peft.get_peft_model` or `peft.PeftModel.from_pretrained` made of a compressed model.
 
     Raises:
-        LexigramError: where it is none, or an adapter of a compressed layer is no plain LoRA, or not finite; the model is then
-            as it was.
+        LexigramError: where it is none, a value is not finite, or an adapter cannot be merged: of a compressed layer anything
+            but plain LoRA, of an ordinary one what PEFT refuses. Compressed layers and their adapters are then as they were.
     """
+    configs = getattr(model, "peft_config", {})
     if not hasattr(model, "merge_and_unload"):
+        reason = "has no adapters to merge"
+        if configs:
+            reason = (
+                "has its adapters from `add_adapter` or `load_adapter`; save them, and open the compressed model anew"
+            )
         raise LexigramError(
-            f"{type(model).__name__} has no adapters to merge; name what peft.get_peft_model or PeftModel.from_pretrained made"
+            f"{type(model).__name__} {reason}; name what PeftModel.from_pretrained or get_peft_model made"
         )
+    if any(getattr(config, "layer_replication", None) for config in configs.values()):
+        raise LexigramError("the adapter replicates layers of its model (layer_replication) and cannot be merged")
+    check_finite(model, "the model with its adapters")
     adapted = {
         name: module for name, module in model.named_modules() if isinstance(_base_layer(module), FactoredLinear)
     }
     merged = {name: _merged(name, module) for name, module in adapted.items()}
     for name, layer in merged.items():
         model.set_submodule(name, layer)
-    plain: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
+    try:
+        plain: PreTrainedModel = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    except Exception as error:
+        for name, module in adapted.items():
+            model.set_submodule(name, module)
+        raise LexigramError(
+            f"PEFT does not merge an adapter of a layer that is not compressed: {first_line(error)}"
+        ) from error
     describe(plain)
     return plain
 
@@ -52,9 +70,9 @@ def _base_layer(module: nn.Module) -> Any:
 def _merged(name: str, adapted: Any) -> FactoredLinear:
     """The layer `name` with its active adapters in it; `adapted` is PEFT's layer around it."""
     layer: FactoredLinear = adapted.base_layer
-    kind = type(adapted).__name__
     if not hasattr(adapted, "lora_A"):
-        raise LexigramError(f"the adapter of {name} is a {kind}, and LoRA alone can be merged into a compressed layer")
+        kind = type(adapted).__module__.split(".")[-2]  # peft.tuners.KIND.layer
+        raise LexigramError(f"the adapter of {name} is {kind}, and LoRA alone can be merged into a compressed layer")
     active = [adapter for adapter in adapted.active_adapters if adapter in adapted.lora_A]
     for adapter in active:
         variant = adapted.lora_variant.get(adapter)
@@ -79,7 +97,9 @@ def _merged(name: str, adapted: Any) -> FactoredLinear:
                 if bias is None:
                     raise LexigramError(f"the adapter {each} of {name} has a bias, and the layer has none to add it to")
                 bias = nn.Parameter(bias + (adapted.scaling[each] * own).to(bias))
-    return FactoredLinear(Sum(layer.factors, product), bias, transposed=layer.transposed)
+    merged = FactoredLinear(Sum(layer.factors, product), bias, transposed=layer.transposed)
+    merged.train(layer.training)
+    return merged
 
 
 def _dense(matrix: Tensor) -> Factor:

@@ -1,7 +1,6 @@
 """The module that stands where a linear layer stood, and the swap between the two. Evaluates any factor expression."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +25,12 @@ class LayerSpec(BaseModel):
     transposed: bool = False
 
 
-@dataclass(frozen=True)
-class AbsentWeight:
-    """What a compressed layer has instead of a weight: its shape (out, in), where it would be, and no values.
+class NoWeightError(LexigramError, AttributeError):
+    """Values were asked of a matrix that is held as factors, or given to it."""
+
+
+class CompressedWeight:
+    """What a compressed layer has for a weight: its shape (out, in) and where it would be, and no values.
 
     Others may ask what they have to fit to, as PEFT does before it puts an adapter beside a layer. Whoever reads values or
     writes them, as merging an adapter would, is refused: a matrix that is multiplied out for the occasion would take the
@@ -37,24 +39,33 @@ class AbsentWeight:
 
     shape: torch.Size
     device: torch.device
-    dtype: torch.dtype = torch.float32  # that of the inputs decides; whatever stands beside it is best kept exactly
+    dtype: torch.dtype
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        # The dtype of a layer is that of its inputs; what stands beside it is best kept exactly.
+        vars(self).update(shape=torch.Size(shape), device=device, dtype=torch.float32)
 
     def __getattr__(self, name: str) -> Any:
-        raise NoWeightError(
-            f"a compressed layer is held as factors and has no weight to read or change ({name} of {tuple(self.shape)}); merge "
-            "adapters with `lexigram merge` or `lexigram.merge_adapters`; `lexigram.load(..., dense=True)` has ordinary layers"
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._refusal(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise self._refusal(name)
+
+    def _refusal(self, name: str) -> NoWeightError:
+        return NoWeightError(
+            f"a compressed layer is held as factors and has no weight to read or change (`{name}` of {tuple(self.shape)}); "
+            "LoRA that begins with zeros trains beside it, and `lexigram merge` merges it; for all else open the model with "
+            "`lexigram.load(..., dense=True)`"
         )
-
-
-class NoWeightError(LexigramError, AttributeError):
-    """Values were asked of a matrix that is held as factors."""
 
 
 class FactoredLinear(nn.Linear):
     """``y = x M^T + b`` with ``M (out, in)`` given by factors that are never multiplied out.
 
-    A linear layer to those who go by the class, so that adapters (PEFT's LoRA) find it and train beside it; its weight is an
-    `AbsentWeight`.
+    A linear layer to those who go by the class, so that adapters (PEFT's LoRA) find it and train beside it; its weight is a
+    `CompressedWeight`.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
@@ -65,11 +76,12 @@ class FactoredLinear(nn.Linear):
         self.factors: Factor = factors
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
         self.transposed = transposed
+        self._is_hf_initialized = True  # transformers would draw a weight
 
     @property
-    def weight(self) -> AbsentWeight:  # type: ignore[override]
+    def weight(self) -> CompressedWeight:  # type: ignore[override]
         """Where a weight would be, and how large."""
-        return AbsentWeight(torch.Size((self.out_features, self.in_features)), self.factors.device)
+        return CompressedWeight((self.out_features, self.in_features), self.factors.device)
 
     @property
     def spec(self) -> LayerSpec:

@@ -143,7 +143,6 @@ class LexigramQuantizer(HfQuantizer):
             share(model, shared)
         for name, layer in config.layers.items():
             model.set_submodule(name, _empty_layer(model, name, layer, shared))
-            model.get_submodule(name)._is_hf_initialized = True  # it has no weight to be drawn
             _skip_initialisation(model.get_submodule(name.rpartition(".")[0]))
         return model
 

@@ -43,6 +43,8 @@ def _save_pretrained(
 ) -> None:
     """Write the compressed model; files appear in `save_directory` only when all of them are complete, the config last.
 
+    Of a model with adapters (`model.add_adapter`) these are written, as transformers does of any model.
+
     Raises:
         LexigramError: for options that would write names which transformers loads without lexigram.
     """
@@ -50,6 +52,9 @@ def _save_pretrained(
         raise LexigramError(
             "a compressed model is saved locally and without `variant`; upload the folder with `hf upload`"
         )
+    if getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves the adapters alone
+        type(self).save_pretrained(self, save_directory, **kwargs)
+        return
     folder = Path(save_directory)
     for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
         for file in folder.glob(pattern):
