@@ -8,12 +8,14 @@ Recorded at equal stored bytes: the relative error of the outputs, the seconds o
 
 import argparse
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from recording import write
 from solvers import layer_problem
 
 from lexigram import DoubleSparseConfig
+from lexigram.linalg import palm
 from lexigram.methods.base import Budget, fit, layout
 
 KINDS = ["self_attn.q_proj", "mlp.gate_proj"]
@@ -44,25 +46,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Fields of `DoubleSparseConfig` that are not as they are by default."""
 
+PARTS: dict[str, dict[str, Any]] = {
+    "no long first step": {"_STEPS": palm._STEPS[1:]},
+    "steps of the proven length alone": {"_STEPS": (1.0,)},
+    "no refit": {"refit": lambda _signals, _factor, pair, *_supports, **_options: pair},
+}
+"""Parts of the solver that have no option, as they are to be instead: what each is good for."""
+
 
 def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", type=int, default=10)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.9])
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, *PARTS], default=[*VARIANTS, *PARTS])
     options = parser.parse_args()
     torch.set_num_threads(1)
     weights, grams = layer_problem(options.layer, KINDS)
     rows = []
     for ratio in options.ratios:
         for name in options.only:
-            row = {"row": name, "fields": VARIANTS[name], "ratio": ratio, "fits": {}}
+            fields, parts = VARIANTS.get(name, {}), PARTS.get(name, {})
+            row: dict[str, Any] = {"row": name, "fields": fields, "parts": list(parts), "ratio": ratio, "fits": {}}
             for kind in KINDS:
                 weight, gram = weights[kind], grams[kind]
-                config, budget = DoubleSparseConfig(**VARIANTS[name]), Budget(round((1 - ratio) * 2 * weight.numel()))
+                config, budget = DoubleSparseConfig(**fields), Budget(round((1 - ratio) * 2 * weight.numel()))
                 spec = layout(config, (weight.shape[0], weight.shape[1]), budget)
-                factor, report = fit(config, weight, gram, spec, torch.Generator().manual_seed(0))
+                with patch.multiple(palm, **parts):
+                    factor, report = fit(config, weight, gram, spec, torch.Generator().manual_seed(0))
                 row["fits"][kind] = {
                     "relative_error": report.relative_error,
                     "seconds": report.seconds,

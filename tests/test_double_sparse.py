@@ -21,6 +21,7 @@ from torch import Tensor
 from drawn import SINGULAR, correlated, generator, gram_of, normal, singular_gram
 from lexigram.factors import Bfloat, Factor, Product, ProductSpec, Sparse, SparseSpec, empty, factor_spec
 from lexigram.gram import Gram
+from lexigram.linalg import palm as palm_module
 from lexigram.linalg.palm import (
     L0,
     L1,
@@ -263,6 +264,42 @@ def test_planted_products_are_found_from_nothing() -> None:
         assert lost < 0.75 * math.sqrt((values[rank:] ** 2).sum() / (values**2).sum())
         left.append(lost)
     assert min(left) < 1e-6
+
+
+def test_it_stops_by_relative_change() -> None:
+    """At the first iteration that lowers the objective by no more than the tolerance."""
+    weight, codes, dictionary = planted(60, 16, 8, 3, 4, seed=2)
+    metric, counts = metric_of(16), (int(codes.count_nonzero()), int(dictionary.count_nonzero()))
+    signals = metric.whiten(weight + 0.05 * normal(60, 16, seed=3).double())
+    whole = sparse_product(signals, metric, 8, *counts, iterations=40, refits=1, tolerance=0.0)
+    early = sparse_product(signals, metric, 8, *counts, iterations=40, refits=1, tolerance=1e-2)
+    assert (whole.stop, early.stop) == ("iterations", "tolerance")
+    steps = len(early.history) - 1  # one of the refit
+    assert 1 < steps < 40
+    assert early.history[:steps] == whole.history[:steps]
+    changes = [1 - after / before for before, after in pairwise(early.history[:steps])]
+    assert changes[-1] <= 1e-2 < min(changes[:-1])
+
+
+@pytest.mark.parametrize("penalised", [True, False])
+def test_what_thresholds_leave_is_refitted(penalised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to be won in either factor on its support, as there is without the refit."""
+    metric = metric_of(16)
+    signals = metric.whiten(normal(40, 16, seed=3).double())
+    prices = (L1(0.5), L1(0.5)) if penalised else None
+
+    def slope() -> float:
+        found = sparse_product(
+            signals, metric, 8, 200, 80, penalties=prices, tightening=2, iterations=2, refits=60, tolerance=0.0
+        )
+        seen = found.dictionary @ metric.factor.T
+        lost = signals - found.codes @ seen
+        slopes = (lost @ seen.T * found.code_support, found.codes.T @ lost @ metric.factor * found.dictionary_support)
+        return max(float(each.abs().max()) for each in slopes)
+
+    assert slope() < 0.005
+    monkeypatch.setattr(palm_module, "refit", lambda _signals, _factor, pair, *_supports, **_options: pair)
+    assert slope() > 0.08
 
 
 @pytest.mark.parametrize("seed", range(4))
