@@ -72,7 +72,7 @@ def main() -> None:
                 weight, gram = weights[kind], grams[kind]
                 config, budget = DoubleSparseConfig(**fields), Budget(round((1 - ratio) * 2 * weight.numel()))
                 spec = layout(config, (weight.shape[0], weight.shape[1]), budget)
-                with patch.multiple(palm, **parts):
+                with patch.dict(vars(palm), parts):
                     factor, report = fit(config, weight, gram, spec, torch.Generator().manual_seed(0))
                 row["fits"][kind] = {
                     "relative_error": report.relative_error,

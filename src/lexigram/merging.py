@@ -18,16 +18,7 @@ from lexigram.factors import FactorSpec
 from lexigram.folders import CONFIG, check_plain, opening, printable
 from lexigram.headers import DTYPES, file_sha256, read_headers
 from lexigram.jsonfiles import read_json
-from lexigram.recording import (
-    UNCOMPRESSED,
-    bytes_by_kind,
-    file_hashes,
-    folder_sha256,
-    matrices,
-    stored_bytes,
-    tensor_hashes,
-    weight_files,
-)
+from lexigram.recording import content, folder_sha256, matrices, weight_files
 from lexigram.records import MergeRecord, RunRecord, read_run, versions
 from lexigram.running import Silent, Stages
 from lexigram.staging import RUN_FILE, check_outside, check_target, staged
@@ -169,27 +160,7 @@ def _with_forms(record: RunRecord, forms: dict[str, FactorSpec], folder: Path) -
         )
         for layer in record.layers
     ]
-    after = sum(layer.bytes_after for layer in layers) + sum(shared.bytes for shared in record.shared)
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    added = sum(new.parameters_after - old.parameters_after for new, old in zip(layers, record.layers, strict=True))
-    sizes = stored_bytes(folder)
-    by_kind = bytes_by_kind(sizes, matrices(layers, record.shared))
-    if sum(by_kind.values()) - by_kind.get(UNCOMPRESSED, 0) != after:
-        raise AssertionError("the files do not weigh what their forms say; please report this")
-    return record.model_copy(
-        update={
-            "layers": layers,
-            "ratio": 1 - after / record.bytes_before,
-            "bits_per_weight": 8 * after / weights,
-            "parameter_ratio": record.parameter_ratio - added / weights,
-            "bytes_after": after,
-            "model_bytes_after": sum(sizes.values()),
-            "bytes_by_kind": by_kind,
-            "files": sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
-            "tensors_sha256": tensor_hashes(folder),
-            "files_sha256": file_hashes(folder),
-        }
-    )
+    return record.model_copy(update={"layers": layers, **content(folder, layers, record.shared)})
 
 
 def _changed(before: RunRecord, after: RunRecord) -> list[str]:

@@ -120,9 +120,7 @@ def compress(
                 step()
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             (folder / ALLOCATION_FILE).write_text(allocation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            record = run_record(
-                folder, prepared, tokens, digests.targets, allocation, ledger, watch, pool.peak_memory_bytes
-            )
+            record = run_record(folder, prepared, tokens, digests.targets, ledger, watch, pool.peak_memory_bytes)
             (folder / RUN_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
             run.complete(folder / RUN_FILE)
     return record

@@ -5,14 +5,15 @@ The record's form is `records`'; here it is filled, and held against what the fi
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lexigram.allocation.units import Allocation
 from lexigram.calibration.tokens import TokenSequences
 from lexigram.factors import FactorSpec
 from lexigram.headers import file_sha256, read_headers, tensor_sha256
@@ -59,11 +60,6 @@ class Ledger:
         }
         return layers, {shared.name: shared.factors for shared in self.shared}
 
-    @property
-    def bytes(self) -> int:
-        """Of all layers, what they share counted once."""
-        return sum(layer.bytes_after for layer in self.layers.values()) + sum(shared.bytes for shared in self.shared)
-
 
 def matrices(layers: Iterable[LayerRecord], shared: Iterable[SharedRecord]) -> dict[str, FactorSpec]:
     """Every expression's spec by the name that its tensors begin with."""
@@ -100,7 +96,6 @@ def run_record(
     prepared: Plan,
     tokens: TokenSequences,
     weights_sha256: str,
-    allocation: Allocation,
     ledger: Ledger,
     watch: Stopwatch,
     workers_peak: int = 0,
@@ -112,12 +107,7 @@ def run_record(
     """
     recipe, device = prepared.recipe, prepared.device
     layers = [ledger.layers[target.name] for target in prepared.targets]
-    before, after = prepared.bytes_before, ledger.bytes
-    weights = sum(target.weight_count for target in prepared.targets)
-    by_kind = bytes_by_kind(stored_bytes(folder), matrices(ledger.layers.values(), ledger.shared))
-    uncompressed = by_kind.get(UNCOMPRESSED, 0)
-    if sum(by_kind.values()) - uncompressed != after:
-        raise AssertionError("the files do not weigh what the ledger says; please report this")
+    weighed = content(folder, layers, ledger.shared)
     return RunRecord(
         lexigram=versions()["lexigram"],
         command=" ".join(sys.argv),
@@ -130,15 +120,9 @@ def run_record(
         calibration_sha256=tokens.sha256,
         calibration_tokens=tokens.ids.numel(),
         requested_ratio=recipe.ratio,
-        ratio=1 - after / before,
-        bits_per_weight=8 * after / weights,
-        parameter_ratio=1 - sum(unit.spec.parameters for unit in allocation.units) / weights,
-        bytes_before=before,
-        bytes_after=after,
-        model_bytes_before=uncompressed + before,
-        model_bytes_after=uncompressed + after,
+        bytes_before=prepared.bytes_before,
+        model_bytes_before=weighed["model_bytes_after"] - weighed["bytes_after"] + prepared.bytes_before,
         source_file_bytes=prepared.source.file_bytes(),
-        bytes_by_kind=by_kind,
         mean_relative_error=sum(layer.fit.relative_error for layer in layers) / len(layers),
         seconds=watch.seconds,
         peak_memory_bytes=peak_memory_bytes(),
@@ -146,12 +130,35 @@ def run_record(
         workers_peak_memory_bytes=workers_peak,
         device_peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         stages=watch.stages,
-        files=sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
         layers=layers,
         shared=ledger.shared,
-        tensors_sha256=tensor_hashes(folder),
-        files_sha256=file_hashes(folder),
+        **weighed,
     )
+
+
+def content(folder: Path, layers: Sequence[LayerRecord], shared: Sequence[SharedRecord]) -> dict[str, Any]:
+    """What a record says of the files in `folder`, which hold these layers and matrices: names, hashes, sizes, ratio.
+
+    Raises:
+        AssertionError: where they do not weigh what their forms say.
+    """
+    forms, weights = matrices(layers, shared), sum(math.prod(layer.shape) for layer in layers)
+    after = sum(factors.bytes for factors in forms.values())
+    sizes = stored_bytes(folder)
+    by_kind = bytes_by_kind(sizes, forms)
+    if sum(by_kind.values()) - by_kind.get(UNCOMPRESSED, 0) != after:
+        raise AssertionError("the files do not weigh what their forms say; please report this")
+    return {
+        "ratio": 1 - after / sum(layer.bytes_before for layer in layers),
+        "bits_per_weight": 8 * after / weights,
+        "parameter_ratio": 1 - sum(factors.parameters for factors in forms.values()) / weights,
+        "bytes_after": after,
+        "model_bytes_after": sum(sizes.values()),
+        "bytes_by_kind": by_kind,
+        "files": sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
+        "tensors_sha256": tensor_hashes(folder),
+        "files_sha256": file_hashes(folder),
+    }
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:
