@@ -23,6 +23,7 @@ KINDS = ["self_attn.q_proj", "mlp.gate_proj"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "l1": {"penalty": "l1"},
+    "l1, no refit": {"penalty": "l1"},
     "l1, 20 iterations": {"penalty": "l1", "iterations": 20},
     "l0, price .001": {"code_penalty": 0.001, "dictionary_penalty": 0.001},
     "l0, price .01": {"code_penalty": 0.01, "dictionary_penalty": 0.01},
@@ -50,6 +51,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "no long first step": {"_STEPS": palm._STEPS[1:]},
     "steps of the proven length alone": {"_STEPS": (1.0,)},
     "no refit": {"refit": lambda _signals, _factor, pair, *_supports, **_options: pair},
+    "l1, no refit": {"refit": lambda _signals, _factor, pair, *_supports, **_options: pair},
 }
 """Parts of the solver that have no option, as they are to be instead: what each is good for."""
 
@@ -59,7 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", type=int, default=10)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.9])
-    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, *PARTS], default=[*VARIANTS, *PARTS])
+    names = list(dict.fromkeys([*VARIANTS, *PARTS]))
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     options = parser.parse_args()
     torch.set_num_threads(1)
     weights, grams = layer_problem(options.layer, KINDS)

@@ -604,7 +604,9 @@ def test_mistakes_around_it(
         assert "could not be written: No space left on device" in said
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "peft", None)
-        assert "pip install 'lexigram[adapters]'" in command("merge", folder, "-a", adapter, "-o", tmp_path / "out").error
+        assert (
+            "pip install 'lexigram[adapters]'" in command("merge", folder, "-a", adapter, "-o", tmp_path / "out").error
+        )
     edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].mul_(2))
     said = command("merge", folder, "-a", adapter, "-o", tmp_path / "out").error
     assert "is not as it was written" in said

@@ -117,7 +117,9 @@ def _adapted(model: PreTrainedModel, adapter: Path) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise LexigramError("merging an adapter needs PEFT, which reads it; run: pip install 'lexigram[adapters]'") from error
+        raise LexigramError(
+            "merging an adapter needs PEFT, which reads it; run: pip install 'lexigram[adapters]'"
+        ) from error
     what = f"cannot put the adapter {adapter} beside the model"
     with opening(what, "name the model that it was trained beside"):
         try:
