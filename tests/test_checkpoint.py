@@ -8,6 +8,7 @@ import copy
 import functools
 import hashlib
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -318,6 +319,15 @@ def test_a_folder_with_ordinary_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LexigramError, match=r"model\.safetensors"):
         compressed().save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_pickled_model_computes_and_saves_the_same(tmp_path: Path) -> None:
+    """As processes are given one."""
+    model = compressed()
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(twin), logits(model))
+    twin.half().float().save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path).lm_head.weight, model.lm_head.weight.half().float())
 
 
 def test_a_deep_copy_saves_itself(tmp_path: Path) -> None:

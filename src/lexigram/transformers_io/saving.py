@@ -9,8 +9,8 @@ import os
 import re
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -28,9 +28,10 @@ def attach_methods(model: PreTrainedModel) -> None:
 
     transformers refuses these casts for quantised models; ours store integers that no cast can touch.
     """
-    model.save_pretrained = MethodType(_save_pretrained, model)
-    model.float = MethodType(nn.Module.float, model)
-    model.half = MethodType(nn.Module.half, model)
+    # Not bound methods: these are pickled as names, under which an unpickled model has its class's own.
+    model.save_pretrained = partial(_save_pretrained, model)
+    model.float = partial(nn.Module.float, model)
+    model.half = partial(nn.Module.half, model)
 
 
 def detach_methods(model: PreTrainedModel) -> None:
@@ -53,7 +54,7 @@ def _save_pretrained(
             "a compressed model is saved locally and without `variant`; upload the folder with `hf upload`"
         )
     if getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves the adapters alone
-        type(self).save_pretrained(self, save_directory, **kwargs)
+        type(self).save_pretrained(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         return
     folder = Path(save_directory)
     for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
