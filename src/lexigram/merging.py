@@ -7,6 +7,7 @@ layers take the adapter as one more term of low rank; ordinary ones, and modules
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lexigram.factors import FactorSpec
 from lexigram.folders import CONFIG, check_plain, opening, printable
 from lexigram.headers import DTYPES, file_sha256, read_headers
 from lexigram.jsonfiles import read_json
-from lexigram.recording import content, folder_sha256, matrices, weight_files
+from lexigram.recording import content, folder_sha256, matrices, tensor_hashes, weight_files
 from lexigram.records import MergeRecord, RunRecord, read_run, versions
 from lexigram.running import Silent, Stages
 from lexigram.staging import RUN_FILE, check_outside, check_target, staged
@@ -84,7 +85,7 @@ def merge(
                 adapter=str(adapter),
                 adapter_sha256={name: file_sha256(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)},
                 bytes=grown.bytes_after - record.bytes_after,
-                changed=_changed(record, grown),
+                changed=_changed(tensor_hashes(folder), grown),
                 tensors_sha256=folder_sha256(folder),
                 seconds=time.perf_counter() - started,
             )
@@ -100,13 +101,13 @@ def _check_adapter(adapter: Path) -> None:
     if not adapter.is_dir():
         raise LexigramError(f"there is no folder {adapter}; {remedy}")
     check_plain(adapter)
-    content = read_json(adapter / ADAPTER_CONFIG, remedy=remedy)
-    if content.get("peft_type") != "LORA":
+    config = read_json(adapter / ADAPTER_CONFIG, remedy=remedy)
+    if config.get("peft_type") != "LORA":
         raise LexigramError(
-            f"{adapter} holds an adapter of the type {content.get('peft_type')!r}, and only LoRA can be merged into a "
+            f"{adapter} holds an adapter of the type {config.get('peft_type')!r}, and only LoRA can be merged into a "
             "compressed model"
         )
-    if content.get("layer_replication"):
+    if config.get("layer_replication"):
         raise LexigramError(f"{adapter} replicates layers of its model (layer_replication) and cannot be merged")
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise LexigramError(f"{adapter} has no {ADAPTER_WEIGHTS}; save the adapter again with safe_serialization")
@@ -165,11 +166,11 @@ def _with_forms(record: RunRecord, forms: dict[str, FactorSpec], folder: Path) -
     return record.model_copy(update={"layers": layers, **content(folder, layers, record.shared)})
 
 
-def _changed(before: RunRecord, after: RunRecord) -> list[str]:
-    """Tensors that belong to no form and are not what they were."""
+def _changed(before: Mapping[str, str], after: RunRecord) -> list[str]:
+    """Tensors that belong to no form and are not what they were, by the hashes of `before`."""
     factors = tuple(f"{name}." for name in matrices(after.layers, after.shared))
     return sorted(
         name
         for name, digest in after.tensors_sha256.items()
-        if not name.startswith(factors) and before.tensors_sha256.get(name) != digest
+        if not name.startswith(factors) and before.get(name) != digest
     )
