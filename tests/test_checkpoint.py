@@ -585,6 +585,7 @@ raise OSError("as a script would end")
 """
 
 
+@pytest.mark.slow
 def test_without_lexigram_loading_fails_loudly(tmp_path: Path) -> None:
     saved, again, sharded = tmp_path / "saved", tmp_path / "again", tmp_path / "sharded"
     compressed().save_pretrained(saved)

@@ -723,6 +723,7 @@ def test_after_a_kill_there_is_no_result_and_a_rerun_works(
     assert [path.name for path in at.tmp.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_sentence_and_nothing_is_left(at: SimpleNamespace) -> None:
     """A limit on the size of files stands for the disk: the weights are larger, everything else is smaller."""
     args = list(map(str, compress()(at)))

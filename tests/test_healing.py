@@ -669,8 +669,13 @@ def small(toy: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-@pytest.mark.parametrize("objective", ["tokens", "kl"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "objective"),
+    [
+        *((form, "kl") for form in FORMS),
+        *((form, "tokens") for form in ("shared dictionaries", "int3", "double-sparse")),
+    ],
+)
 def test_every_form_is_healed_in_the_same_bytes(
     form: str, objective: str, toy: Path, words: Path, tmp_path: Path
 ) -> None:

@@ -264,6 +264,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_a_hub_id_opens_from_the_hubs_cache_as_the_folder_does(hub: HubCache, tmp_path: Path) -> None:
     ended = hub.run("-c", OPEN_BOTH, tmp_path / "toy")
     assert (ended.returncode, ended.stdout) == (0, "the same\n"), ended.stderr
@@ -299,6 +300,7 @@ def test_a_hub_id_is_compressed_from_the_hubs_cache_and_the_result_can_be_one_it
     assert (ended.returncode, ended.stdout) == (0, "the same\n"), ended.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_id_that_is_not_in_the_cache_ends_in_one_sentence_without_a_network(
     hub: HubCache, words: Path, tmp_path: Path
 ) -> None:

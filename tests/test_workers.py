@@ -175,6 +175,7 @@ def check_memory_and_stop(pool: Workers, room: int) -> None:
     assert 3 <= len(results) == len(taken) <= 3 + room, "what was begun is finished, and nothing else is taken"
 
 
+@pytest.mark.slow
 def test_one_task_at_a_time_until_stop_says_yes() -> None:
     with Workers() as pool:
         check_memory_and_stop(pool, 1)
