@@ -69,10 +69,14 @@ OTHERS = sorted(METHODS.keys() - {"cospadi", "svd", "quantize"})
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        *((name, method) for name in ("llama", "qwen3", "gemma3", "gpt2") for method in ("cospadi", "svd")),
-        *(("llama", method) for method in OTHERS),
+        *(("llama", method) for method in ("cospadi", "svd", *OTHERS)),
+        *(
+            pytest.param(name, method, marks=pytest.mark.slow)
+            for name in ("qwen3", "gemma3", "gpt2")
+            for method in ("cospadi", "svd")
+        ),
         # Fused attention has no heads that can be dropped by themselves.
-        *(("gpt2", method) for method in OTHERS if method != "structured"),
+        *(pytest.param("gpt2", method, marks=pytest.mark.slow) for method in OTHERS if method != "structured"),
     ],
 )
 def test_a_toy_goes_through_every_command(

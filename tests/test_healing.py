@@ -725,7 +725,9 @@ def held_ids(words: Path) -> Iterator[Tensor]:
         yield table[32 * window : 32 * window + 32][None]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3", "llama-tied", "phi"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama-tied", "phi"))]
+)
 @pytest.mark.parametrize(("objective", "layer_weight"), [("kl", 0), ("layers", 0), ("tokens", 0), ("kl", 0.5)])
 def test_other_models_and_objectives(
     name: str, objective: str, layer_weight: float, words: Path, tmp_path: Path

@@ -81,6 +81,7 @@ def test_thousands_of_damaged_folders(
     try_out(form, name, seed, folders, states, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATORS)
 def test_every_mutator_is_tried_on_every_form(
     name: str, folders: dict[str, Path], states: dict[str, State], tmp_path: Path

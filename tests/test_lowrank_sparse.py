@@ -150,7 +150,7 @@ def lost(bits: int, kept: float) -> float:
     return 0.4 * energy + 3 / 4**bits
 
 
-@pytest.mark.parametrize("group", [16, 128])
+@pytest.mark.parametrize("group", [16, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("percent", [1, 2, 3, 4, 6, 8, 12, 16, 20, 26, 33, 40, 50, 60, 75, 90])
 def test_the_bits_are_those_that_lose_least(percent: int, group: int) -> None:
     """With as many entries as fit, whichever index is lighter."""

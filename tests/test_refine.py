@@ -298,7 +298,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "lowrank-sparse" else ()) for name in RUNS]
+    "name", [pytest.param(name, marks=() if name == "quantize" else pytest.mark.slow) for name in RUNS]
 )
 def test_a_refined_run_keeps_the_budget_repeats_and_replays(name: str, recipe: Build, tmp_path: Path) -> None:
     settings = recipe(refine=2, **RUNS[name])

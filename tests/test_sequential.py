@@ -373,7 +373,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("ratio", [0.6, 0.7])
+@pytest.mark.parametrize("ratio", [0.6, pytest.param(0.7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_errors_of_earlier_layers_are_made_up_for(
     method: str, ratio: float, data: Path, halves: tuple[Path, str], tmp_path: Path
