@@ -270,6 +270,7 @@ def cost_of(allocation: Allocation, curves: dict[str, Any], measure: str) -> flo
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "ratio"), [("none", 0.3), ("none", 0.6), ("site", 0.6)])
 @pytest.mark.parametrize("measure", ["relative", "absolute", "loss"])
 def test_the_knapsack_spends_the_budget_better_than_uniform(

@@ -406,6 +406,7 @@ def test_the_forms_offered() -> None:
     assert all(each.rounds == 3 for each in variants(LowRankSparseConfig(rounds=3)) if hasattr(each, "rounds"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.6, 0.8])
 def test_the_knapsack_mixes_forms_within_the_budget(ratio: float, words: Path, tmp_path: Path) -> None:
     """Of a weight with few large entries the small ones are dropped, of one with values alike none."""

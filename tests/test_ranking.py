@@ -133,6 +133,7 @@ def recipe(toy: Path, words: Path, ratio: float, **more: Any) -> Recipe:
     return Recipe.parse({**settings, "calibration": calibration, **more})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 0.9])
 def test_one_ranking_spends_the_budget_of_a_whole_model(ratio: float, words: Path, tmp_path: Path) -> None:
     toy = toy_folder(tmp_path / "toy", "llama")
@@ -145,6 +146,7 @@ def test_one_ranking_spends_the_budget_of_a_whole_model(ratio: float, words: Pat
     assert lexigram.compress(replayed, tmp_path / "replayed").tensors_sha256 == record.tensors_sha256
 
 
+@pytest.mark.slow
 def test_where_layers_differ_so_do_their_budgets(words: Path, tmp_path: Path) -> None:
     """The knapsack and the ranking agree on which of two layers needs more, by the loss and by bytes alike."""
     toy = toy_folder(tmp_path / "toy", "llama")

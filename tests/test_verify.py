@@ -141,6 +141,7 @@ def test_every_tensor_s_bytes_lie_where_its_header_says(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_is_found_and_its_tensor_named(result: Path, folder: Path) -> None:
     """In every tensor, at a drawn place."""
     draw, content = random.Random(0), (result / WEIGHTS).read_bytes()
