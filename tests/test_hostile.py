@@ -63,7 +63,6 @@ def try_out(form: str, name: str, seed: int, folders: dict[str, Path], states: d
 cases = given(form=st.sampled_from(list(FORMS)), name=st.sampled_from(list(MUTATORS)), seed=st.integers(0, 2**32))
 
 
-@pytest.mark.slow
 @settings(max_examples=100, derandomize=True, **UNDER_LIMITS)  # type: ignore[arg-type]
 @cases
 def test_a_damaged_folder_is_refused_or_the_same_or_named(

@@ -122,7 +122,7 @@ def _adapted(model: PreTrainedModel, adapter: Path) -> Any:
             "merging an adapter needs PEFT, which reads it; run: pip install 'lexigram[adapters]'"
         ) from error
     what = f"cannot put the adapter {adapter} beside the model"
-    with opening(what, "name the model that it was trained beside"):
+    with opening(what, "only plain LoRA that was trained beside this very model can be merged"):
         try:
             config = peft.PeftConfig.from_pretrained(str(adapter))
             config.inference_mode = True
