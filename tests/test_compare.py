@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import struct
@@ -824,6 +825,22 @@ def test_workers_and_the_limit_reach_every_compression(place: Place, prepared: d
 # ---------------------------------------------------------------------------------------------------------------- healing
 
 FORMS = ("bits_per_weight", "bytes_before", "bytes_after", "model_bytes", "requested_ratio", "calibration_seed")
+
+
+def test_both_factors_sparse_and_healed(place: Place, long: Path) -> None:
+    """At a ratio that this form is for; its figures are those of its folders by themselves."""
+    method = "method: {name: double-sparse, iterations: 2, tightening: 2}\ninclude: q_proj\n"
+    ended = place.compare(place.recipe("both.yaml", method), ratio=[0.9], heal=long, heal_steps=2)
+    assert ended.code == 0, ended.err
+    assert [row["label"] for row in place.table()["rows"]] == ["dense", "both-0.9", "both, healed-0.9"]
+    plain, healed = place.row("both-0.9"), place.row("both, healed-0.9")
+    assert {key: healed[key] for key in FORMS} == {key: plain[key] for key in FORMS}
+    assert plain["bytes_after"] <= 0.1 * plain["bytes_before"]
+    assert all(math.isfinite(row["token_perplexity"]) for row in (plain, healed))
+    records = [json.loads(file.read_text()) for file in sorted((place.out / "models").glob("*/run.json"))]
+    assert sorted(len(record["healing"]) for record in records) == [0, 1]
+    leaves = [layer["factors"][side] for record in records for layer in record["layers"] for side in ("left", "right")]
+    assert {leaf["form"] for leaf in leaves} == {"sparse"}
 
 
 def test_a_healed_row_stands_behind_its_own(place: Place, long: Path) -> None:
