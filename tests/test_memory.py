@@ -196,10 +196,13 @@ def settings(model: Path, words: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_model_three_times_as_large_as_the_limit(words: Path, tmp_path: Path) -> None:
-    """The system kills the process, or refuses it memory, beyond the limit; the result loads."""
-    limit = 700 * 2**20
+    """The system kills the process, or refuses it memory, beyond the limit; the result loads.
+
+    What a process takes before it begins is some 400 MiB, and differs between machines; the limit leaves a fifth of it.
+    """
+    limit = 780 * 2**20
     model = random_model(
-        tmp_path / "model", hidden_size=1024, intermediate_size=10240, num_hidden_layers=16, num_attention_heads=8
+        tmp_path / "model", hidden_size=1024, intermediate_size=10240, num_hidden_layers=18, num_attention_heads=8
     )
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     assert size >= 3 * limit
