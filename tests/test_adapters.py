@@ -54,7 +54,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "shared bases": {"method": {"name": "svd"}, "group": 2, "share": "consecutive"},
     "int3": {"method": {"name": "quantize", "value_bits": 3}, "ratio": 0.7},
     "low rank + sparse": {"method": {"name": "oats", "rounds": 3}},
-    "double-sparse": {"method": {"name": "double-sparse", "iterations": 3}, "ratio": 0.8},
+    "double-sparse": {"method": {"name": "double-sparse", "iterations": 2, "tightening": 2}, "ratio": 0.8},
 }
 ADAPTER = "adapter_model.safetensors"
 

@@ -59,7 +59,7 @@ QUICK: dict[str, tuple[object, ...]] = {
     "lowrank-sparse": ("--allocation", "uniform", "--rank-share", 0.1, "--rounds", 5),
     "cap": ("--iterations", 40, "--passes", 1, "--batch", 4),
     "oats": ("--rounds", 10),
-    "double-sparse": ("--iterations", 2, "--tightening", 4),
+    "double-sparse": ("--iterations", 2, "--tightening", 2),
 }
 """Options that save time; a method that is not here runs with its defaults."""
 

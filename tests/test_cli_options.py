@@ -307,12 +307,16 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 PRUNING = [name for name, config in METHODS.items() if "pattern" in config.model_fields]
 
 STRANGERS = [
-    pytest.param(name, method, id=f"{name}-{method}")
-    for name, option in OPTIONS.items()
-    if option.part == "method"
-    for method in METHODS
-    if method not in option.fields
+    pytest.param(name, method, id=f"{name}-{method}", marks=() if number % 4 == 0 else pytest.mark.slow)
+    for number, (name, method) in enumerate(
+        (name, method)
+        for name, option in OPTIONS.items()
+        if option.part == "method"
+        for method in METHODS
+        if method not in option.fields
+    )
 ]
+"""Every option with every method that has no such option; a quarter of them, of all methods, is quick."""
 
 
 @pytest.mark.parametrize(("name", "method"), STRANGERS)

@@ -121,7 +121,9 @@ def digest(out: Path) -> str:
     return hashlib.sha256((out / "lexigram.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt2", "phi"])
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "phi"))]
+)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"sequential": True}, {"allocation": "knapsack", "ratio": 0.4}],

@@ -30,7 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "lowrank-sparse": {"name": "lowrank-sparse", "rounds": 5, "sweeps": 1},
     "cap": {"name": "cap", "iterations": 60, "batch": 4},
     "oats": {"name": "oats", "rounds": 20},
-    "double-sparse": {"name": "double-sparse", "iterations": 2, "tightening": 4},
+    "double-sparse": {"name": "double-sparse", "iterations": 2, "tightening": 2},
 }
 """Settings that only save time; a method that is not here runs with its defaults."""
 

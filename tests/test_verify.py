@@ -79,7 +79,7 @@ def only_failure(folder: Path, **options: Any) -> str:
         {"method": {"name": "quantize", "value_bits": 4}},
         {"method": {"name": "structured"}},
         {"method": {"name": "oats", "rounds": 3}},
-        {"method": {"name": "double-sparse", "iterations": 2}, "ratio": 0.7},
+        {"method": {"name": "double-sparse", "iterations": 2, "tightening": 2}, "ratio": 0.7},
         {"method": {"name": "wanda"}},
         {"compute_dtype": "bfloat16", "dtype": "float32"},
     ],
