@@ -643,6 +643,17 @@ def test_weights_of_any_float_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 @every_config
+def test_float16_holds_the_factors_whatever_the_text(name: str) -> None:
+    """Factors and what is between them, for the Gram of a long text: its entries grow with the tokens, values must not."""
+    X, weight, tokens = anisotropic(), 30 * normal(48, 32), 2**26
+    factors, _ = run(CONFIGS[name], weight, Gram(X.double().T @ X.double() * (tokens / len(X)), tokens))
+    expected = factors(X)
+    assert float(expected.abs().max()) < 2**10, "nothing special"
+    found = factors(X.half()).float()
+    assert float((found - expected).norm()) < 0.01 * float(expected.norm())
+
+
+@every_config
 def test_a_transposed_weight_as_gpt2_stores_it(name: str) -> None:
     weight, gram = normal(24, 16), gram_of(anisotropic(width=16))
     factors, _ = run(CONFIGS[name], weight.T.contiguous().T, gram)

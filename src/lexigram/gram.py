@@ -1,5 +1,6 @@
 """The Gram of a layer's inputs, ``G = sum_t x_t^T x_t`` over the calibration tokens: a sum, never a mean."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -34,6 +35,16 @@ class Gram:
         found = whiten(self.matrix)
         # Rounding in the sums leaves small eigenvalues where there should be none; the tokens bound the true rank.
         return replace(found, rank=min(found.rank, self.tokens))
+
+    @property
+    def token_unit(self) -> float:
+        """The power of two nearest to the root of `tokens`.
+
+        A direction of unit length in the metric, times this, answers an input of the text with 1 in the root mean square, and a
+        coefficient of it, divided by this, is of the size of outputs. Left as they are the two drift apart with the tokens, and
+        leave what float16 can hold; a power of two changes no digit of either.
+        """
+        return 2.0 ** round(math.log2(max(self.tokens, 1)) / 2)
 
     def aim(self, weight: Tensor, share: float = 1.0) -> Tensor:
         """The weight (out, in) whose outputs on ``X`` are nearest to those of `weight` on ``X0``, or so much of the way there:

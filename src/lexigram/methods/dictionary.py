@@ -14,6 +14,8 @@ from torch import Tensor
 from lexigram.gram import Gram
 from lexigram.linalg.dictionary_learning import (
     Coding,
+    LearnedDictionary,
+    SharedDictionary,
     SharedMetrics,
     Start,
     Update,
@@ -60,30 +62,32 @@ class Learned(NamedTuple):
 class DictionaryProblem:
     """Weights that share one dictionary, in blocks of one metric each: a block's weights stand one below the other.
 
-    `signals` are the blocks' ``W L^T``, `members` names each member's block, in order.
+    `signals` are the blocks' ``W L^T``, `members` names each member's block, in order; atoms are `unit` long in the metrics.
     """
 
     metrics: tuple[Whitening, ...]
     signals: tuple[Tensor, ...]
     members: tuple[int, ...]
     rows: tuple[int, ...]
+    unit: float = 1.0
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], grams: Sequence[Gram], metric: Metric) -> "DictionaryProblem":
         """One block for each different Gram, or a single one in the metric of the pooled Gram (`mean`) or none (`plain`)."""
+        different = list({id(gram): gram for gram in grams}.values())
+        unit = pooled(different).token_unit
         if metric == "plain":
-            metrics, members = [plain_whitening(weights[0])], [0] * len(weights)
+            metrics, members, unit = [plain_whitening(weights[0])], [0] * len(weights), 1.0
         elif metric == "mean":
             metrics, members = [pooled(grams).whitening], [0] * len(weights)
         else:
-            different = list({id(gram): gram for gram in grams}.values())
             metrics = [gram.whitening for gram in different]
             members = [next(i for i, other in enumerate(different) if other is gram) for gram in grams]
         signals = [
             whitening.whiten(torch.cat([w for w, of in zip(weights, members, strict=True) if of == block]))
             for block, whitening in enumerate(metrics)
         ]
-        return cls(tuple(metrics), tuple(signals), tuple(members), tuple(len(weight) for weight in weights))
+        return cls(tuple(metrics), tuple(signals), tuple(members), tuple(len(weight) for weight in weights), unit)
 
     @cached_property
     def shared(self) -> SharedMetrics:
@@ -106,15 +110,23 @@ class DictionaryProblem:
 
     def learned(self, parts: SolverParts, atoms: int, sparsity: int, generator: torch.Generator) -> Learned:
         """Dictionary and codes before any rounding."""
+        found: LearnedDictionary | SharedDictionary
         if len(self.metrics) > 1:
-            many = learn_shared_dictionary(self.signals, self.shared, atoms, sparsity, generator=generator, **parts)
-            return Learned(
-                many.codes, many.dictionary, many.objective, many.iterations, many.replaced, many.ridge, many.stop
-            )
-        (metric,), (signals,) = self.metrics, self.signals
-        one = learn_dictionary(signals, atoms, sparsity, generator=generator, **parts)
-        dictionary = metric.unwhiten(one.dictionary)
-        return Learned([one.codes], dictionary, one.objective, one.iterations, one.replaced, one.ridge, one.stop)
+            found = learn_shared_dictionary(self.signals, self.shared, atoms, sparsity, generator=generator, **parts)
+            codes, dictionary = found.codes, found.dictionary
+        else:
+            (metric,), (signals,) = self.metrics, self.signals
+            found = learn_dictionary(signals, atoms, sparsity, generator=generator, **parts)
+            codes, dictionary = (found.codes,), metric.unwhiten(found.dictionary)
+        return Learned(
+            [part / self.unit for part in codes],
+            dictionary * self.unit,
+            found.objective,
+            found.iterations,
+            found.replaced,
+            found.ridge,
+            found.stop,
+        )
 
     def by_member(self, codes: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         """(block, codes) of every member, in order, from the codes of the blocks."""

@@ -91,10 +91,12 @@ def _fitted(
     """The right factor for all members, and each one's left factor."""
     start = time.perf_counter()
     weights = [checked_weight(member.weight) for member in members]
-    metric = plain_whitening(weights[0]) if config.plain else pooled([member.gram for member in members]).whitening
+    gram = pooled([member.gram for member in members])
+    metric, unit = (plain_whitening(weights[0]), 1.0) if config.plain else (gram.whitening, gram.token_unit)
     signals = metric.whiten(torch.cat(weights))
     coefficients, basis = truncated_svd(signals, right.rows)
     lost = float((signals - coefficients @ basis).square().sum() / signals.square().sum().clamp_min(torch.finfo().tiny))
+    coefficients, basis = coefficients / unit, basis * unit
     stored = store_dense(metric.unwhiten(basis), right, lambda: metric.factor.T @ metric.factor)
     if config.value_bits < 16:
         basis = metric.whiten(stored.to_dense())
