@@ -3,11 +3,12 @@
 The oracles: the bytes of another run, curves and costs worked out again from the files of a run, and torch.autograd.
 """
 
+import itertools
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -679,6 +680,26 @@ def test_sensitivity_predicts_what_noise_costs() -> None:
         hook.remove()
     rise = sum(after) / len(after) - before
     assert rise == pytest.approx(0.5 * sensitive * sum(energies) / len(energies), rel=0.5)
+
+
+def test_sensitivity_is_measured_all_over_the_text(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first sequence and its last are there: sequences stand in the order of texts that may be of different kinds."""
+    seen = []
+
+    def measured(model: PreTrainedModel, modules: Mapping[str, nn.Module], ids: Tensor, *_: Any, **__: Any) -> Any:
+        seen.append(ids)
+        return dict.fromkeys(modules, 1.0)
+
+    monkeypatch.setattr("lexigram.curves.output_sensitivity", measured)
+    prepared = plan(recipe(**CACHED, calibration={"sequences": 20}))
+    lexigram.compress(prepared.recipe, tmp_path / "out", prepared=prepared)
+    assert prepared.tokens is not None
+    (ids,), every = seen, prepared.tokens.ids
+    places = [next(i for i, row in enumerate(every) if torch.equal(row, other)) for other in ids]
+    assert (len(places), places[0], places[-1]) == (8, 0, 19)
+    assert max(after - before for before, after in itertools.pairwise(places)) <= 3
 
 
 def test_sensitivity_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from conftest import Command
 from hostile import FAILURES, FORMS, IDENTICAL, MUTATORS, PWNED, REFUSED, VERIFIED, WEIGHTS, State, build, outcome
 from lexigram import LexigramError, load
-from lexigram.folders import Frugal, first_line, opening, printable
+from lexigram.folders import Frugal, check_config, first_line, opening, printable
 from lexigram.headers import read_headers
 from lexigram.jsonfiles import read_json
 
@@ -192,6 +195,18 @@ def test_an_original_is_data_too(
         assert time.perf_counter() - start < 20
     assert [path.name for path in tmp_path.iterdir()] == ["toy"]
     assert not (model / PWNED).exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_known_architecture_is_refused_for_its_numbers(tmp_path: Path) -> None:
+    """Every default config of a causal language model: beside counts of layers there are sizes, periods, angles a layer."""
+    configs = []
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        with suppress(Exception):  # a few have no defaults
+            configs.append(json.loads(CONFIG_MAPPING[name]().to_json_string()))
+    assert len(configs) > 100
+    for config in configs:
+        check_config(tmp_path, config, tensors=300)
 
 
 def test_a_model_of_too_many_parts_is_not_built() -> None:

@@ -49,7 +49,7 @@ from lexigram.targets import Target, decoder_layers
 from lexigram.tensorfiles import TensorFiles
 from lexigram.workers import Workers
 
-_VERSION = 5
+_VERSION = 6
 """Of what a sketch is: curves that were kept with another one are measured again."""
 
 
@@ -299,7 +299,8 @@ def _sensitivity(
     plan: Plan, model: PreTrainedModel, ids: Tensor, progress: Stages, streaming: Mapping[str, Any]
 ) -> dict[str, float]:
     modules = {target.name: model.get_submodule(target.name) for target in plan.targets}
-    some = ids[:SENSITIVITY_SEQUENCES]
+    # From all over the text: sequences stand in its order, and a text of several kinds has them one after the other.
+    some = ids[torch.linspace(0, len(ids) - 1, min(SENSITIVITY_SEQUENCES, len(ids))).round().long()]
     with progress.stage("measure the loss's sensitivity", len(decoder_layers(model)) + 1) as step:
         return output_sensitivity(model, modules, some, plan.compute_dtype, lambda _done, _total: step(), **streaming)
 

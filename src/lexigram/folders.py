@@ -19,7 +19,8 @@ CONFIG = "config.json"
 REMEDY = "check that the model is complete and undamaged"
 
 _ADAPTER = "adapter_config.json"
-_COUNTS = re.compile(r"layer|label")  # keys of numbers that transformers makes lists of while it reads a config
+# Keys of numbers that transformers makes lists of while it reads a config.
+_COUNTS = re.compile(r"(^|_)(n_layer|layers|num_labels)$")
 _LONGEST = 300  # characters of a text from a folder in a message
 _FEW = 256  # such numbers are harmless, whatever the files hold
 _CALLS = (
