@@ -283,6 +283,7 @@ SETTINGS: dict[str, tuple[list[object], object]] = {
     "seeds": (["--calibration-seed", 3, 4], (3, 4)),
     "context": (["--context", 7], 7),
     "windows": (["--windows", 7], 7),
+    "bos": (["--bos"], True),
     "dtype": (["--dtype", "float16"], "float16"),
     "heal": (
         [

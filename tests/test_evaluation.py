@@ -104,6 +104,25 @@ def test_windows_and_strides_agree_with_a_loop_over_tokens(
     assert result.negative_log_likelihood == pytest.approx(sum(losses.values()) / len(losses), rel=1e-4)
 
 
+@pytest.mark.parametrize(("context", "stride"), [(16, None), (16, 16), (16, 15), (16, 5), (2, 1), (100, 9)])
+@torch.no_grad()
+def test_windows_may_begin_with_bos(model: LlamaForCausalLM, context: int, stride: int | None) -> None:
+    """Every token of the text is scored, by the first window that holds it, after BOS and what the window has before it."""
+    tokenizer = byte_tokenizer(bos_token="</s>")
+    bos, ids = torch.tensor([tokenizer.bos_token_id]), token_ids(tokenizer, TEXT)
+    found = evaluate(model, tokenizer, TEXT, context=context, stride=stride, bos=True)
+    own = context - 1
+    assert (found.bos, found.tokens, found.stride) == (True, len(ids), min(own, stride or own))
+    total = 0.0
+    for target in range(len(ids)):
+        begin = next(b for b in range(0, len(ids), found.stride) if b <= target < b + own)
+        logits = model(torch.cat([bos, ids[begin:target]])[None]).logits[0, -1].double()
+        total -= logits.log_softmax(0)[ids[target]].item()
+    assert found.negative_log_likelihood == pytest.approx(total / len(ids), rel=1e-4)
+    with pytest.raises(LexigramError, match="has no BOS token"):
+        evaluate(model, byte_tokenizer(), TEXT, context=16, bos=True)
+
+
 def test_the_first_windows_are_the_text_cut_there(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     part = evaluate(model, tokenizer, TEXT, context=16, windows=3)
     cut = evaluate(model, tokenizer, TEXT[:48], context=16)

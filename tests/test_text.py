@@ -217,6 +217,21 @@ def test_windows_are_consecutive_distinct_and_in_text_order(data: st.DataObject)
         assert batch.ids.flatten().tolist() == token_ids(tokenizer, text).tolist()[: available * length]
 
 
+@pytest.mark.parametrize(("text", "sequences", "length"), [("abcdefgh", 2, 5), ("abcdefghi", 3, 4), ("ab", 2, 2)])
+def test_bos_is_a_windows_first_token(text: str, sequences: int, length: int) -> None:
+    """All the rest is text, of which none is lost in between."""
+    tokenizer = byte_tokenizer(bos_token="<s>")
+    batch = token_sequences(tokenizer, text, sequences, length, 0, bos=True, source="here")
+    assert batch.ids.shape == (sequences, length)
+    assert batch.ids[:, 0].tolist() == [tokenizer.bos_token_id] * sequences
+    assert tokenizer.decode(batch.ids[:, 1:].flatten()) == text[: sequences * (length - 1)]
+    assert batch.source.endswith("seed 0, BOS first")
+    with pytest.raises(LexigramError, match=f"too few for {sequences + 1} sequences of {length} .*what fits is "):
+        token_sequences(tokenizer, text, sequences + 1, length, 0, bos=True)
+    with pytest.raises(LexigramError, match="has no BOS token to begin windows with; leave out bos"):
+        token_sequences(byte_tokenizer(), text, 1, 2, 0, bos=True)
+
+
 def test_the_seed_chooses_and_the_source_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
     text = demo_text("calibration")[:4000]
     state = torch.get_rng_state()

@@ -314,7 +314,8 @@ def _parts(tokenizer: Any, settings: HealingSettings, length: int) -> tuple[Toke
     """Sequences to train on, and others to judge by, at equal distances among all that are drawn from the text."""
     count = settings.sequences + settings.held_out
     source = ", ".join(settings.texts)
-    drawn = token_sequences(tokenizer, read_texts(settings.texts), count, length, settings.seed, source=source)
+    text = read_texts(settings.texts)
+    drawn = token_sequences(tokenizer, text, count, length, settings.seed, bos=settings.bos, source=source)
     held = torch.zeros(count, dtype=torch.bool)
     held[torch.arange(settings.held_out) * count // settings.held_out] = True
     return tuple(TokenSequences(drawn.ids[part], drawn.source) for part in (~held, held))  # type: ignore[return-value]

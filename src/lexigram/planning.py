@@ -282,7 +282,13 @@ def _read_tokens(recipe: Recipe, source: Source, length: int) -> TokenSequences:
         raise LexigramError(f"{SELF!r} stands beside other calibration texts; name either it alone or only texts")
     text = read_texts(calibration.text)
     return token_sequences(
-        source.tokenizer(), text, calibration.sequences, length, calibration.seed, source=", ".join(calibration.text)
+        source.tokenizer(),
+        text,
+        calibration.sequences,
+        length,
+        calibration.seed,
+        bos=calibration.bos,
+        source=", ".join(calibration.text),
     )
 
 

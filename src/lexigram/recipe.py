@@ -35,6 +35,10 @@ Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isi
 """Several strings; in a file a single one may stand without a list."""
 
 
+BOS = "Begin every sequence of a text with the tokenizer's BOS token; models like Gemma make no sense of others."
+"""Of a field, wherever text is read."""
+
+
 class Calibration(BaseModel):
     """Which text the Grams are taken on; `self` stands alone."""
 
@@ -50,6 +54,7 @@ class Calibration(BaseModel):
     seed: Annotated[int, Shown(name="calibration-seed")] = Field(
         default=0, ge=0, description="Decides which sequences are drawn, in place of the recipe's `seed`."
     )
+    bos: bool = Field(default=False, description=BOS)
 
 
 class Recipe(BaseModel):

@@ -21,7 +21,7 @@ from lexigram.errors import LexigramError
 from lexigram.factors.training import built_once
 from lexigram.headers import read_metadata
 from lexigram.interruption import deferred
-from lexigram.recipe import Names, explain
+from lexigram.recipe import BOS, Names, explain
 from lexigram.records import HeldOutLoss, Stopped
 from lexigram.runfolder import writing
 from lexigram.running import Stages, counted
@@ -85,6 +85,7 @@ class HealingSettings(BaseModel):
     held_out: Annotated[int, Shown(_TEXT)] = Field(
         default=16, ge=1, description="How many others to judge by; they lie spread among the ones to train on."
     )
+    bos: Annotated[bool, Shown(_TEXT)] = Field(default=False, description=BOS)
     objective: Annotated[ObjectiveName, Shown(_TRAINING)] = Field(
         default="kl",
         description="Predict as the original (`kl`), have its decoder layers' outputs (`layers`), or predict the text "

@@ -353,6 +353,7 @@ class _Original:
             own.sequences if sequences is None else sequences,
             length,
             own.seed if seed is None else seed,
+            bos=own.bos,
             source=", ".join(texts),
         )
 

@@ -62,6 +62,21 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
+def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: bool) -> torch.Tensor:
+    """What a window begins with before its text, int64, (0,) or, with `bos`, (1,).
+
+    Raises:
+        LexigramError: where the tokenizer has no such token.
+    """
+    if not bos:
+        return torch.tensor([], dtype=torch.int64)
+    if tokenizer.bos_token_id is None:
+        raise LexigramError(
+            f"the tokenizer ({tokenizer.name_or_path}) has no BOS token to begin windows with; leave out bos"
+        )
+    return torch.tensor([tokenizer.bos_token_id], dtype=torch.int64)
+
+
 def token_sequences(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
@@ -69,33 +84,41 @@ def token_sequences(
     length: int,
     seed: int,
     *,
+    bos: bool = False,
     source: str = "text",
 ) -> TokenSequences:
     """Choose `sequences` windows of `length` tokens from the text.
 
     The whole text is tokenised without special tokens and cut into consecutive windows that do not overlap; a last
     shorter one is left out. The windows are drawn without replacement by a generator seeded with `seed`, and kept in
-    the order of the text. `source` names the text in the result's description.
+    the order of the text. With `bos` the first of a window's tokens is BOS. `source` names the text in the result's
+    description.
     """
     check_at_least("sequences", sequences, 1)
     check_at_least("length", length, 2)
     ids = token_ids(tokenizer, text)
-    available = ids.numel() // length
+    first = leading_tokens(tokenizer, bos)
+    lead = len(first)
+    own = length - lead
+    available = ids.numel() // own
     if available < sequences:
         if available:
             fits = f"{available} sequences of {length}"
-            if ids.numel() // sequences >= 2:
-                fits += f" or {sequences} of {ids.numel() // sequences}"
+            if ids.numel() // sequences + lead >= 2:
+                fits += f" or {sequences} of {ids.numel() // sequences + lead}"
         else:
-            fits = f"one sequence of {ids.numel()}" if ids.numel() >= 2 else "nothing"
+            fits = f"one sequence of {ids.numel() + lead}" if ids.numel() + lead >= 2 else "nothing"
         raise LexigramError(
             f"the text ({source}) has {ids.numel()} tokens, too few for {sequences} sequences of {length} "
-            f"({sequences * length} tokens), and what fits is {fits}; give more text, or fewer or shorter sequences"
+            f"({sequences * own} tokens), and what fits is {fits}; give more text, or fewer or shorter sequences"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:sequences].sort().values
-    table = ids[: available * length].view(available, length)[chosen]
-    return TokenSequences(table, f"{source}: {sequences} of {available} windows of {length} tokens, seed {seed}")
+    table = ids[: available * own].view(available, own)[chosen]
+    told = f"{source}: {sequences} of {available} windows of {length} tokens, seed {seed}"
+    return TokenSequences(
+        torch.cat([first.expand(sequences, lead), table], dim=1), f"{told}, BOS first" if bos else told
+    )
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

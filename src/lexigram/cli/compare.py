@@ -59,6 +59,7 @@ def compare(
     seeds: Annotated[list[int] | None, declared(_OWN["seeds"])] = None,
     context: Annotated[int | None, declared(_OWN["context"])] = None,
     windows: Annotated[int | None, declared(_OWN["windows"])] = None,
+    bos: Annotated[bool, declared(_OWN["bos"])] = False,
     dtype: Annotated[DtypeName | None, declared(_OWN["dtype"])] = None,
     heal: Annotated[
         list[str] | None, typer.Option("--heal", metavar="TEXT...", help=_HEAL_TEXTS, rich_help_panel=_HEALING)
@@ -90,15 +91,23 @@ def compare(
         "batch": heal_batch,
         "rate": heal_rate,
     }
-    common = {"calibration": calibration or None, "sequences": sequences, "length": length, "device": device}
+    everywhere = {"bos": True} if bos else {}
+    common = {
+        "calibration": calibration or None,
+        "sequences": sequences,
+        "length": length,
+        "device": device,
+        **everywhere,
+    }
     given = {
         "texts": texts,
         "ratios": ratios,
         "seeds": seeds,
         "context": context,
         "windows": windows,
+        **everywhere,
         "dtype": dtype and dtype.value,
-        "heal": _heals(heal, healing),
+        "heal": _heals(heal, {**healing, **(everywhere if heal else {})}),
         "drop_models": drop_models,
     }
     settings = ComparisonSettings.model_validate({key: value for key, value in given.items() if value is not None})

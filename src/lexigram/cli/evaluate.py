@@ -12,6 +12,7 @@ from lexigram.evaluation.perplexity import check_windowing
 from lexigram.evaluation.records import evaluated
 from lexigram.jsonfiles import check_writable, write_json
 from lexigram.progress import drawing
+from lexigram.recipe import BOS
 from lexigram.reporting import tables
 
 EXAMPLES = (
@@ -28,6 +29,7 @@ def eval_(
         int | None, typer.Option(min=1, help="Tokens between windows. [default: the context, no overlap]")
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    bos: Annotated[bool, typer.Option("--bos", help=BOS)] = False,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -54,6 +56,7 @@ def eval_(
             context=context,
             stride=stride,
             windows=windows,
+            bos=bos,
             device=place,
             dtype=dtype.value,
             progress=update,

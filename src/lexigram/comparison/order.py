@@ -297,6 +297,7 @@ def _evaluated(prepared: ComparisonPlan, model: str, reference: str | None, prog
             reference=reference,
             context=reading.context,
             windows=reading.windows,
+            bos=reading.bos,
             device=reading.device,
             dtype=reading.dtype,
             progress=counted(step),

@@ -27,7 +27,7 @@ from lexigram.errors import LexigramError
 from lexigram.evaluation.perplexity import check_windowing
 from lexigram.jsonfiles import check_writable
 from lexigram.planning import Plan, plan
-from lexigram.recipe import GLOBAL, KNAPSACK, UNIFORM, Names, Recipe
+from lexigram.recipe import BOS, GLOBAL, KNAPSACK, UNIFORM, Names, Recipe
 from lexigram.running import check_context
 from lexigram.shown import BUDGET, CALIBRATION, EVALUATION, MACHINE, Shown
 from lexigram.source import Source
@@ -56,6 +56,7 @@ class ComparisonSettings(BaseModel):
     windows: Annotated[int | None, Shown(EVALUATION)] = Field(
         default=None, description="Only the first so many windows."
     )
+    bos: Annotated[bool, Shown(EVALUATION)] = Field(default=False, description=BOS)
     dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Shown(EVALUATION)] = Field(
         default="auto", description="Of what is not compressed while it is evaluated."
     )
@@ -77,20 +78,22 @@ class Reading:
     windows: int | None
     tokens: int
     """Of the whole text."""
+    bos: bool
     dtype: str
     device: torch.device
 
     @property
     def steps(self) -> int:
         """Windows that there will be."""
-        whole, rest = divmod(self.tokens, self.context)
-        return min(whole + (rest > 1), self.windows or sys.maxsize)
+        whole, rest = divmod(self.tokens, self.context - self.bos)
+        return min(whole + (rest > 1 - self.bos), self.windows or sys.maxsize)
 
     @property
     def made_from(self) -> dict[str, Any]:
         """What of it decides the figures."""
         digest = hashlib.sha256(self.content.encode()).hexdigest()
-        return {"text_sha256": digest, "context": self.context, "windows": self.windows, "dtype": self.dtype}
+        decided = {"text_sha256": digest, "context": self.context, "windows": self.windows, "dtype": self.dtype}
+        return {**decided, "bos": True} if self.bos else decided  # rows of before were all without
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,9 @@ def _read(source: Source, settings: ComparisonSettings, device: str) -> Reading:
     content = read_texts(settings.texts, demo_part="evaluation")
     check_context(source.skeleton(), context, "context")
     tokens = token_ids(source.tokenizer(), content).numel()
-    return Reading(settings.texts, content, context, windows, tokens, settings.dtype, resolve_device(device))
+    return Reading(
+        settings.texts, content, context, windows, tokens, settings.bos, settings.dtype, resolve_device(device)
+    )
 
 
 def _healing(settings: HealingSettings) -> dict[str, Any]:

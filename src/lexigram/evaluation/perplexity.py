@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from lexigram.calibration.tokens import token_ids
+from lexigram.calibration.tokens import leading_tokens, token_ids
 from lexigram.errors import LexigramError
 from lexigram.losses import CHUNK_ELEMENTS
 from lexigram.running import Progress, check_context, inference, plain_generate
@@ -47,6 +47,8 @@ class Evaluation(BaseModel):
     """Tokens from one window's beginning to the next one's."""
     windows: int
     """Windows evaluated, a last shorter one included."""
+    bos: bool = False
+    """Whether every window begins with the BOS token, one of its `context` tokens, so that all of its text is scored."""
     kl: float | None
     """Mean over the scored tokens of KL(reference || model) in nats; None without a reference."""
     top1_agreement: float | None
@@ -57,7 +59,7 @@ class Evaluation(BaseModel):
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens `begin:end` are read; of these `scored:end` are scored, which no window before has scored."""
+    """Tokens `begin:end` of the text are read; of these `scored:end` are scored, which no window before has scored."""
 
     begin: int
     scored: int
@@ -85,16 +87,21 @@ def evaluate(
     context: int = 1024,
     stride: int | None = None,
     windows: int | None = None,
+    bos: bool = False,
     reference: PreTrainedModel | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure the model's perplexity on the text and, given a reference, its distance from that.
 
-    The whole text is tokenised without special tokens (no BOS) and read in windows of `context` tokens that begin
-    every `stride` tokens. Without a stride the windows follow each other without overlap, and the first token of each
-    is not scored, since nothing comes before it. With a smaller stride each window scores the tokens that no window
-    before it has scored, so that only the first token of the text is left out. `windows` keeps the first so many; the
-    last window, shorter than the others, is used only when the whole text is, and has at least two tokens.
+    The whole text is tokenised without special tokens and read in windows of `context` tokens that begin every
+    `stride` tokens. Without a stride the windows follow each other without overlap, and the first token of each is not
+    scored, since nothing comes before it. With a smaller stride each window scores the tokens that no window before it
+    has scored, so that only the first token of the text is left out. `windows` keeps the first so many; the last
+    window, shorter than the others, is used only when the whole text is, and has at least two tokens.
+
+    With `bos` every window begins with the BOS token, one of its `context` tokens, and the first token of its text is
+    scored as well. Figures in papers are mostly without, from one long row of tokens that is cut into windows; but some
+    models (Gemma) make no sense of a text that begins otherwise.
 
     `tokens` counts scored tokens. `words` counts the whitespace-separated words of the scored tokens decoded in one
     piece: punctuation set apart by spaces counts as words, and a word whose first token opens a window without overlap
@@ -105,17 +112,19 @@ def evaluate(
     """
     began = time.perf_counter()
     check_windowing(context, stride, windows)
-    stride = context if stride is None else stride
+    first = leading_tokens(tokenizer, bos)
+    own = context - len(first)
+    stride = min(own, stride or own)
     for each in (model, reference):
         if each is not None:
             check_context(each, context, "context")
     ids = token_ids(tokenizer, text)
     _check_tokens(ids, model)
-    plan = _plan_windows(ids.numel(), context, stride)[:windows]
+    plan = _plan_windows(ids.numel(), own, stride, unscored=1 - len(first))[:windows]
 
     scores = []
     for number, window in enumerate(plan):
-        scores.append(_score(model, reference, ids, window, number))
+        scores.append(_score(model, reference, ids, window, number, first))
         if progress is not None:
             progress(number + 1, len(plan))
     words, size = _words_and_bytes(tokenizer, ids, plan)
@@ -132,6 +141,7 @@ def evaluate(
         context=context,
         stride=stride,
         windows=len(plan),
+        bos=bos,
         kl=None if reference is None else sum(score.divergence for score in scores) / tokens,
         top1_agreement=None if reference is None else sum(score.agreeing for score in scores) / tokens,
         seconds=time.perf_counter() - began,
@@ -216,23 +226,30 @@ def _check_tokens(ids: torch.Tensor, model: PreTrainedModel) -> None:
         )
 
 
-def _plan_windows(tokens: int, context: int, stride: int) -> list[_Window]:
-    """The windows over a text of `tokens` tokens, the last one possibly shorter than `context`."""
+def _plan_windows(tokens: int, context: int, stride: int, unscored: int = 1) -> list[_Window]:
+    """The windows over a text of `tokens` tokens, the last one possibly shorter than `context`; of each, so many tokens at the
+    beginning have nothing before them.
+    """
     plan: list[_Window] = []
     begin = reached = 0
-    while reached < tokens and tokens - begin >= 2:
+    while reached < tokens and tokens - begin > unscored:
         end = min(begin + context, tokens)
-        plan.append(_Window(begin, max(begin + 1, reached), end))
+        plan.append(_Window(begin, max(begin + unscored, reached), end))
         begin, reached = begin + stride, end
     return plan
 
 
 def _score(
-    model: PreTrainedModel, reference: PreTrainedModel | None, ids: torch.Tensor, window: _Window, number: int
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    ids: torch.Tensor,
+    window: _Window,
+    number: int,
+    first: torch.Tensor,
 ) -> _Score:
     """Run the window, the plan's `number`th, through the model and, where there is one, the reference."""
     where = f"window {number} (tokens {window.begin} to {window.end - 1})"
-    logits = _logits(model, ids, window)
+    logits = _logits(model, ids, window, first)
     targets = ids[window.scored : window.end].to(logits.device)
     likelihood = _negative_log_likelihood(logits, targets)
     if not math.isfinite(likelihood):
@@ -242,7 +259,7 @@ def _score(
         )
     if reference is None:
         return _Score(targets.numel(), likelihood)
-    other = _logits(reference, ids, window)
+    other = _logits(reference, ids, window, first)
     if other.shape != logits.shape:
         raise LexigramError(
             f"the model's vocabulary has {logits.shape[-1]} entries and the reference's {other.shape[-1]}; use "
@@ -269,12 +286,12 @@ def _words_and_bytes(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, plan
     return words, len(decoded.encode("utf-8"))
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor, window: _Window) -> torch.Tensor:
+def _logits(model: PreTrainedModel, ids: torch.Tensor, window: _Window, first: torch.Tensor) -> torch.Tensor:
     """The logits that predict the window's scored tokens, (scored, vocabulary), in the model's dtype."""
-    tokens = ids[window.begin : window.end].unsqueeze(0).to(model.device)
+    tokens = torch.cat([first, ids[window.begin : window.end]]).unsqueeze(0).to(model.device)
     with inference(model):
         logits = model(input_ids=tokens, use_cache=False).logits
-    return logits[0, window.scored - window.begin - 1 : window.end - window.begin - 1]
+    return logits[0, window.scored - window.end - 1 : -1]
 
 
 def _rows(logits: torch.Tensor) -> list[slice]:

@@ -28,6 +28,7 @@ def evaluated(
     context: int = 1024,
     stride: int | None = None,
     windows: int | None = None,
+    bos: bool = False,
     device: torch.device,
     dtype: str = "auto",
     progress: Progress | None = None,
@@ -42,6 +43,7 @@ def evaluated(
         context: tokens of a window.
         stride: tokens between windows; None for the context.
         windows: only the first so many; None for all.
+        bos: whether every window begins with BOS.
         device: where both models are put.
         dtype: of what is not compressed; ``auto`` for the checkpoint's own.
         progress: is told (windows done, windows in all).
@@ -70,6 +72,7 @@ def evaluated(
         context=context,
         stride=stride,
         windows=windows,
+        bos=bos,
         reference=other,
         progress=progress,
     )

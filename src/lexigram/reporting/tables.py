@@ -303,8 +303,10 @@ def _bits(leaf: Leaf) -> str:
 
 def _text_and_windows(row: dict[str, Any]) -> str:
     context, stride = row.get("context"), row.get("stride")
-    overlap = "" if stride in (None, context) else f", stride {stride}"
-    return f"{row.get('text', 'text')}, context {context}{overlap}, {row.get('windows')} windows"
+    lead = 1 if row.get("bos") else 0
+    overlap = "" if stride is None or stride == (context or 0) - lead else f", stride {stride}"
+    said = f"{row.get('text', 'text')}, context {context}{overlap}, {row.get('windows')} windows"
+    return f"{said} after BOS" if lead else said
 
 
 def _number(value: float | None, form: str) -> str:
