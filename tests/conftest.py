@@ -96,6 +96,18 @@ def toy_folder(folder: Path, name: str) -> Path:
     return folder
 
 
+TEMPLATE = "additional_chat_templates/tools.jinja"
+"""Where transformers saves the second chat template of `templated_folder`."""
+
+
+def templated_folder(folder: Path) -> Path:
+    """A toy whose tokenizer has two chat templates."""
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "tools": "w1 {{ messages[0]['content'] }}"}
+    tokenizer.save_pretrained(toy_folder(folder, "llama"))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text for `words_tokenizer`: 2000 random words."""

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lexigram
 from checkpoints import IDS, WEIGHTS, edit_tensors, logits
-from conftest import Command, contents, toy_folder
+from conftest import TEMPLATE, Command, contents, templated_folder, toy_folder
 from drawn import normal
 from lexigram import LexigramError, Recipe
 from lexigram.factors import (
@@ -420,6 +420,17 @@ def test_a_merged_folder_is_a_compressed_one(
     assert command("verify", tmp_path / "out").code == 0
 
 
+def test_files_in_folders_are_merged_with_the_others(words: Path, tmp_path: Path) -> None:
+    calibration = {"text": str(words), "sequences": 8, "length": 32}
+    settings = {"model": str(templated_folder(tmp_path / "toy")), "ratio": 0.5, "device": "cpu"}
+    small = tmp_path / "small"
+    lexigram.compress(Recipe.parse({**settings, "calibration": calibration, "method": {"name": "svd"}}), small)
+    record = lexigram.merge(small, saved_adapter(small, tmp_path / "lora"), tmp_path / "out")
+    assert (tmp_path / "out" / TEMPLATE).read_bytes() == (small / TEMPLATE).read_bytes()
+    assert TEMPLATE in record.files_sha256
+    assert lexigram.verify(tmp_path / "out").passed
+
+
 def test_merging_goes_on_from_healed_and_from_merged(
     compressed: Callable[..., Path], adapter: Path, tmp_path: Path, words: Path
 ) -> None:
@@ -599,7 +610,7 @@ def test_mistakes_around_it(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lexigram.merging.shutil.copyfile", full)
+        patched.setattr("lexigram.staging.shutil.copyfile", full)
         said = command("merge", folder, "-a", adapter, "-o", tmp_path / "out").error
         assert "could not be written: No space left on device" in said
     with monkeypatch.context() as patched:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lexigram
-from conftest import Command, build_toy, contents, toy_folder, words_tokenizer
+from conftest import TEMPLATE, Command, build_toy, contents, templated_folder, toy_folder, words_tokenizer
 from drawn import generator, normal
 from endings import Stop, StopAt
 from lexigram import HealingSettings, LexigramError, Recipe, RunRecord, distillation, training
@@ -1183,7 +1183,7 @@ def flip(folder: Path) -> None:
     [
         (flip, "is not as it was written; fetch it or compress again"),
         (lambda folder: (folder / "run.json").unlink(), r"is no compressed model \(it has no run\.json\)"),
-        (lambda folder: (folder / WEIGHTS).unlink(), r"lexigram\.safetensors is missing .*; fetch"),
+        (lambda folder: (folder / WEIGHTS).unlink(), r"lexigram\.safetensors is missing; fetch"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not as it was written; fetch"),
         (shutil.rmtree, r"is no compressed model \(it has no run\.json\)"),
     ],
@@ -1333,7 +1333,32 @@ def test_a_folder_with_an_adapter_in_it_is_refused(small: Path, words: Path, tmp
         healed(folder, tmp_path / "out", quick(words))
 
 
-@pytest.mark.parametrize("name", ["../payload", "/payload", "inside/payload", "..", "a\\b", "a\nb"])
+def test_files_in_folders_are_healed_with_the_others(words: Path, tmp_path: Path) -> None:
+    made(templated_folder(tmp_path / "toy"), words, tmp_path / "small", method={"name": "svd"})
+    settings = quick(words, steps=2)
+    for _ in range(2):  # the second is in the place of the first
+        record = healed(tmp_path / "small", tmp_path / "out", settings, overwrite=True)
+        assert (tmp_path / "out" / TEMPLATE).read_bytes() == (tmp_path / "small" / TEMPLATE).read_bytes()
+        assert TEMPLATE in record.files_sha256
+        assert lexigram.verify(tmp_path / "out").passed
+    (tmp_path / "out" / TEMPLATE).with_name("notes.txt").write_text("mine")
+    with pytest.raises(
+        LexigramError, match=r"out holds additional_chat_templates/notes\.txt, which lexigram did not write"
+    ):
+        healed(tmp_path / "small", tmp_path / "out", settings, overwrite=True)
+
+
+def test_an_empty_folder_beside_a_result_is_not_replaced(small: Path, words: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small, tmp_path / "out")
+    (folder / ".git").mkdir()
+    with pytest.raises(LexigramError, match=r"out holds \.git, which lexigram did not write"):
+        healed(small, folder, quick(words), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../payload", "/payload", "inside/../../payload", "./payload", "a//b", "a/", "..", "a\\b", "a\nb", "a/b\nc"],
+)
 def test_a_record_names_files_of_its_folder_alone(name: str, small: Path, words: Path, tmp_path: Path) -> None:
     """Healing copies them, and would write elsewhere by such a name."""
     folder = shutil.copytree(small, tmp_path / "small")
@@ -1343,6 +1368,20 @@ def test_a_record_names_files_of_its_folder_alone(name: str, small: Path, words:
     with pytest.raises(LexigramError, match=r"run\.json was not written by lexigram .*: files\."):
         healed(folder, tmp_path / "out", quick(words))
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_file_behind_a_link_to_a_folder_is_none_of_the_result(small: Path, words: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small, tmp_path / "small")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    (folder / "inside").symlink_to(tmp_path / "private")
+    record = json.loads((folder / "run.json").read_text())
+    record["files"].append("inside/key")
+    record["files_sha256"] = {}
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(LexigramError, match="cannot be healed: inside/key is missing"):
+        healed(folder, tmp_path / "out", quick(words))
+    assert not (tmp_path / "out").exists()
 
 
 def test_hashes_of_a_healed_folder_are_those_of_its_files(small: Path, words: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from conftest import TOYS, Command, toy_folder
+from conftest import TEMPLATE, TOYS, Command, templated_folder, toy_folder
 from lexigram import LexigramError, Recipe, RunRecord, compress, load, recording, verify
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import token_sequences
@@ -185,6 +185,11 @@ def swap(tensors: dict[str, torch.Tensor]) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "a file is missing": (lambda f: (f / "recipe.yaml").unlink(), "files", r"^recipe\.yaml is missing$"),
+    "a name that no file can have": (
+        lambda f: record_of(f, lambda r: r["files"].append("w" * 10_000)),
+        "files",
+        r"^w{300} \.\.\. is missing \(and 1 more\)$",
+    ),
     "two files are missing": (
         lambda f: [(f / name).unlink() for name in ("recipe.yaml", "allocation.json")],
         "files",
@@ -195,7 +200,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "files",
         r"^pytorch_model\.bin is none of the run's files",
     ),
-    "code beside": (lambda f: (f / "custom_generate").mkdir(), "files", "^custom_generate is none of the run's files"),
+    "code beside": (lambda f: (f / "generate.py").touch(), "files", r"^generate\.py is none of the run's files"),
+    "code in a folder": (
+        lambda f: [(f / "custom_generate").mkdir(), (f / "custom_generate" / "generate.py").touch()],
+        "files",
+        r"^custom_generate/generate\.py is none of the run's files",
+    ),
     "two tensors swapped": (
         lambda f: rewrite(f, swap),
         "tensors",
@@ -263,6 +273,59 @@ def test_a_result_of_an_earlier_version_has_no_hashes(folder: Path) -> None:
     assert found.passed
     assert outcomes(found)["tensors"] is None
     assert "holds no hashes" in next(check.message for check in found.checks if check.name == "tensors")
+
+
+# ------------------------------------------------------------------------------------------------------------ folders inside
+
+
+@pytest.fixture(scope="module")
+def templated(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result whose tokenizer has a chat template in a folder of its own, undamaged."""
+    place = tmp_path_factory.mktemp("templated")
+    made(templated_folder(place / "toy"), words, place / "small", method={"name": "svd"})
+    return place / "small"
+
+
+def test_files_in_folders_are_recorded_and_pass(templated: Path) -> None:
+    record = read_run(templated)
+    assert set(record.files) == {
+        path.relative_to(templated).as_posix() for path in templated.rglob("*") if path.is_file()
+    }
+    assert record.files_sha256[TEMPLATE] == hashlib.sha256((templated / TEMPLATE).read_bytes()).hexdigest()
+    assert verify(templated).passed
+    assert "tools" in Source(str(templated), str(templated)).tokenizer().chat_template
+
+
+def linked_away(folder: Path) -> None:
+    """The folder of templates becomes a link to one of the same content."""
+    inside = (folder / TEMPLATE).parent
+    inside.rename(folder.parent / "elsewhere")
+    inside.symlink_to(folder.parent / "elsewhere")
+
+
+def of_an_earlier_version(folder: Path) -> None:
+    """The record names the folder of templates, and has no hashes of them."""
+    record_of(folder, lambda r: [r["files"].remove(TEMPLATE), r["files_sha256"].pop(TEMPLATE)])
+    record_of(folder, lambda r: r["files"].insert(0, "additional_chat_templates"))
+    assert read_run(folder).files[0] == "additional_chat_templates"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: (f / TEMPLATE).write_text("w2"), f"^{TEMPLATE} is not as it was written$"),
+        (lambda f: (f / TEMPLATE).unlink(), f"^{TEMPLATE} is missing$"),
+        (lambda f: (f / TEMPLATE).with_name("x.jinja").write_text(""), "^additional_chat_templates/x.jinja is none of"),
+        (lambda f: (f / TEMPLATE).with_name(".jinja").write_text(""), "^additional_chat_templates/.jinja is none of"),
+        (linked_away, f"^{TEMPLATE} is missing"),
+        (of_an_earlier_version, "^additional_chat_templates is a folder and no file"),
+        (lambda f: (f / "custom_generate").symlink_to("/"), "^custom_generate is none of the run's files"),
+    ],
+)
+def test_damage_in_folders_is_named(change: Callable[[Path], Any], says: str, templated: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(templated, tmp_path / "small"))
+    change(folder)
+    assert re.search(says, only_failure(folder))
 
 
 def test_what_cannot_be_verified_is_an_error(result: Path, toy: Path, words: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ It is data: nothing in it is run, and it cannot make its reader wait, or work an
 transformers and tokenizers raise where a folder is damaged, which is any exception, ends in one sentence.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,10 +116,41 @@ def check_plain(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    try:
+    with _listing(folder):
         for entry in sorted(folder.iterdir()):
             if entry.exists() and not entry.is_file() and not entry.is_dir():
                 raise LexigramError(f"{entry} is neither a file nor a folder; a model folder holds files, delete it")
+
+
+def paths_in(folder: Path) -> list[str]:
+    """The paths in `folder` of all that is no folder, at any depth, as POSIX writes them. Links to folders are not entered.
+
+    Raises:
+        LexigramError: where a folder cannot be listed.
+    """
+    found = []
+    with _listing(folder):
+        waiting = [*folder.iterdir()]
+        while waiting:
+            path = waiting.pop()
+            if path.is_dir() and not path.is_symlink():
+                waiting += path.iterdir()
+            else:
+                found.append(path.relative_to(folder).as_posix())
+    return sorted(found)
+
+
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether a path in `folder` is that of a file, with no link to a folder on the way to it."""
+    path = folder / name
+    # Path.is_file raises where a name is too long.
+    return os.path.isfile(path) and not any(parent.is_symlink() for parent in path.parents[: name.count("/")])
+
+
+@contextmanager
+def _listing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise LexigramError(f"{folder} cannot be read: {error.strerror or error}; check its permissions") from error
 

@@ -11,7 +11,6 @@ ends in the same bytes, unless it is the clock that ends it. On a GPU two runs m
 
 import math
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -30,15 +29,16 @@ from lexigram.devices import forward_dtype, resolve_device
 from lexigram.distillation import NEEDS_TEACHER, Objective, recomputing
 from lexigram.errors import LexigramError
 from lexigram.factors import Factor, Leaf, TrainableLeaf
+from lexigram.folders import lies_in
 from lexigram.headers import read_metadata
 from lexigram.memory import peak_memory_bytes
-from lexigram.recording import file_hashes, folder_sha256, tensor_hashes
+from lexigram.recording import file_hashes, folder_sha256, other_files, tensor_hashes
 from lexigram.records import HealingRecord, RunRecord, machine, read_run, versions
 from lexigram.runfolder import MANIFEST, check_idle, finished, opened, run_folder
 from lexigram.running import Silent, Stages, check_context
 from lexigram.shards import Entry, file_tensors, write_tensors
 from lexigram.source import Source
-from lexigram.staging import RUN_FILE, check_outside, check_target, staged
+from lexigram.staging import RUN_FILE, check_outside, check_target, copy_file, staged
 from lexigram.targets import decoder_layers_name
 from lexigram.training import LENGTH, STATE, STATE_BYTES, HealingSettings, Training
 from lexigram.transformers_io import open_model, replace_leaves, stored_tensors
@@ -245,7 +245,7 @@ def _is_result(out: Path, folder: Path, settings: HealingSettings) -> bool:
 
 def _needed_bytes(folder: Path, record: RunRecord, out: Path) -> int:
     """On disk beside what is there already: the result, and the state of the training while it is replaced."""
-    result = sum((folder / name).stat().st_size for name in record.files if (folder / name).is_file())
+    result = sum((folder / name).stat().st_size for name in record.files if lies_in(folder, name))
     matrices = [*(layer.factors for layer in record.layers), *(shared.factors for shared in record.shared)]
     leaves = (leaf for matrix in matrices for _, leaf in matrix.leaves())
     trained = sum(_trained(leaf) for leaf in leaves)
@@ -323,17 +323,18 @@ def _parts(tokenizer: Any, settings: HealingSettings, length: int) -> tuple[Toke
 
 def _write(folder: Path, record: RunRecord, values: Mapping[str, Tensor], staging: Path) -> None:
     """The files of a result, with other `values` in the places of the tensors of these names."""
+    others = set(other_files(record.files))
     for name in record.files:
         file = folder / name
-        if file.suffix == ".safetensors":
+        if name in others:
+            copy_file(name, folder, staging)
+        elif name != RUN_FILE:
             entries = {
                 key: Entry(tensor.dtype, tensor.shape, partial(_value, values[key]) if key in values else tensor.read)
                 for key, tensor in file_tensors(file).items()
             }
             metadata = {key: value for key, value in read_metadata(file).items() if key != "format"}
             write_tensors(staging / name, entries, metadata)
-        elif name != RUN_FILE:
-            shutil.copyfile(file, staging / name)
 
 
 def _value(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ The result is a compressed folder like any other: it loads without PEFT, and its
 layers take the adapter as one more term of low rank; ordinary ones, and modules that were trained as a whole, are changed.
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -19,10 +18,10 @@ from lexigram.factors import FactorSpec
 from lexigram.folders import CONFIG, check_plain, opening, printable
 from lexigram.headers import DTYPES, file_sha256, read_headers
 from lexigram.jsonfiles import read_json
-from lexigram.recording import content, folder_sha256, matrices, tensor_hashes, weight_files
+from lexigram.recording import content, folder_sha256, matrices, other_files, tensor_hashes, weight_files
 from lexigram.records import MergeRecord, RunRecord, read_run, versions
 from lexigram.running import Silent, Stages
-from lexigram.staging import RUN_FILE, check_outside, check_target, staged
+from lexigram.staging import RUN_FILE, check_outside, check_target, copy_file, staged
 from lexigram.transformers_io import factored_layers, load, merge_adapters
 from lexigram.transformers_io.linear import NoWeightError
 from lexigram.verification import verify
@@ -74,9 +73,9 @@ def merge(
         check_finite(merged, f"{folder} with {adapter}")
         with staged(out, overwrite=overwrite) as staging:
             merged.save_pretrained(staging)
-            for name in record.files:
-                if name not in (RUN_FILE, CONFIG) and ".safetensors" not in name:
-                    shutil.copyfile(folder / name, staging / name)
+            for name in other_files(record.files):
+                if name != CONFIG and ".safetensors" not in name:
+                    copy_file(name, folder, staging)
             grown = _with_forms(record, {name: layer.factors.spec for name, layer in factored_layers(merged)}, staging)
             merging = MergeRecord(
                 lexigram=versions()["lexigram"],

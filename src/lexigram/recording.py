@@ -16,6 +16,7 @@ import torch
 
 from lexigram.calibration.tokens import TokenSequences
 from lexigram.factors import FactorSpec
+from lexigram.folders import paths_in
 from lexigram.headers import file_sha256, read_headers, tensor_sha256
 from lexigram.memory import peak_memory_bytes
 from lexigram.methods import Fitted
@@ -155,7 +156,7 @@ def content(folder: Path, layers: Sequence[LayerRecord], shared: Sequence[Shared
         "bytes_after": after,
         "model_bytes_after": sum(sizes.values()),
         "bytes_by_kind": by_kind,
-        "files": sorted({RUN_FILE, *(file.name for file in folder.iterdir())}),
+        "files": sorted({RUN_FILE, *paths_in(folder)}),
         "tensors_sha256": tensor_hashes(folder),
         "files_sha256": file_hashes(folder),
     }
@@ -167,8 +168,8 @@ def tensor_hashes(folder: Path) -> dict[str, str]:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Of the `other_files` of `folder`, by name."""
-    return {file.name: file_sha256(file) for file in other_files(folder)}
+    """Of the `other_files` in `folder`, by their paths there."""
+    return {name: file_sha256(folder / name) for name in other_files(paths_in(folder))}
 
 
 def folder_sha256(folder: Path) -> str:
@@ -181,11 +182,9 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def other_files(folder: Path) -> list[Path]:
-    """Those that say what the tensors are, and of what: config, tokenizer, recipe; all but the record itself."""
-    return sorted(
-        file for file in folder.iterdir() if file.is_file() and file.name != RUN_FILE and file.suffix != ".safetensors"
-    )
+def other_files(names: Iterable[str]) -> list[str]:
+    """Those of a result's files that say what the tensors are, and of what: config, tokenizer, recipe; all but the record."""
+    return [name for name in names if name != RUN_FILE and ("/" in name or not name.endswith(".safetensors"))]
 
 
 def stored_bytes(folder: Path) -> dict[str, int]:

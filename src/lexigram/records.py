@@ -22,8 +22,9 @@ from lexigram.staging import RUN_FILE
 
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 SomeBytes = Annotated[int, Field(gt=0, lt=2**63)]
-FileName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
-"""Of a file in the folder itself."""
+_PART = r"[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*"
+FilePath = Annotated[str, Field(pattern=rf"^({_PART}/)*{_PART}$")]
+"""Of a file in the folder or in a folder inside, from there: `.` and `..` are no parts of it."""
 Name = Annotated[str, Field(pattern=r"^[\w .-]+$")]
 """Of a layer, a kind or a site: what tables print, so neither markup nor control characters."""
 
@@ -160,7 +161,8 @@ class RunRecord(_Part):
     the share of `bytes_before` that was removed, `requested_ratio` what was asked for, `bits_per_weight` the stored bits of
     the compressed layers over their weights. `peak_memory_bytes` is that of
     this process, `workers_peak_memory_bytes` of the largest of its workers, `predicted_memory_bytes` what the plan said of all
-    of them. `files` lists what the run wrote; nothing else in the folder is ever removed.
+    of them. `files` lists the paths of what the run wrote, in its folder; nothing else there is ever removed. Results of
+    earlier versions name a folder for the files in it.
 
     `tensors_sha256` holds the hash of every stored tensor (`lexigram.headers.tensor_sha256`), `files_sha256` that of every
     other file but this one. Results of earlier versions have neither.
@@ -196,7 +198,7 @@ class RunRecord(_Part):
     workers_peak_memory_bytes: int = 0
     device_peak_memory_bytes: int | None
     stages: dict[str, StageCost]
-    files: list[FileName]
+    files: list[FilePath]
     layers: list[LayerRecord]
     shared: list[SharedRecord] = []
     tensors_sha256: dict[str, str] = {}

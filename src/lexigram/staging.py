@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
 
@@ -127,6 +127,12 @@ def replacing(file: Path, *, lasting: bool = False) -> Iterator[Path]:
             partial.unlink()
 
 
+def copy_file(name: str, folder: Path, other: Path) -> None:
+    """Copy the file of this path in `folder` to the same path in `other`."""
+    (other / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / name, other / name)
+
+
 def flush(file: Path) -> None:
     """What was written is to outlive a power cut."""
     with file.open("rb") as opened:
@@ -139,8 +145,12 @@ def _foreign_files(folder: Path) -> list[str]:
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = None
-    ours = content.get("files", []) if isinstance(content, dict) and "lexigram" in content else []
-    return sorted(file.name for file in folder.iterdir() if file.name not in ours)
+    files = content.get("files", []) if isinstance(content, dict) and "lexigram" in content else []
+    named = {PurePosixPath(name) for name in files if isinstance(name, str)} - {PurePosixPath()}
+    ours = named.union(*(name.parents for name in named))
+    paths = (PurePosixPath(path.relative_to(folder).as_posix()) for path in folder.rglob("*"))
+    # Earlier versions named a folder for the files in it.
+    return sorted(str(path) for path in paths if path not in ours and named.isdisjoint(path.parents))
 
 
 def _usual_modes(folder: Path) -> None:

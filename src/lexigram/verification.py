@@ -10,6 +10,7 @@ of the run there is nothing left to forge.
 """
 
 import math
+import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from lexigram.calibration.passes import plain_grams
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import TokenSequences, token_sequences
 from lexigram.errors import LexigramError
-from lexigram.folders import printable
+from lexigram.folders import lies_in, paths_in, printable
 from lexigram.headers import Header, file_sha256, read_headers, tensor_sha256
 from lexigram.recipe import Calibration, explain
 from lexigram.recording import UNCOMPRESSED, bytes_by_kind, matrices, other_files, weight_files
@@ -47,7 +48,7 @@ roundings average out: on a model of 35 layers, a run in bfloat16 measured again
 _LEAST = 1e-5
 """An error that is smaller differs by the float32 of the sums that it was recorded with."""
 
-_READ = {
+_READ = (
     ".safetensors",
     ".bin",
     ".pt",
@@ -60,7 +61,7 @@ _READ = {
     ".txt",
     ".tiktoken",
     ".py",
-}
+)
 """Suffixes of files that transformers may read beside those that it needs: weights, tokens, templates, code."""
 
 
@@ -167,21 +168,33 @@ def _judged(name: str, wrong: Sequence[str], right: str) -> Check:
 
 def _check_files(folder: Path, record: RunRecord) -> Check:
     """All files of the record are there and, where it has their hashes, the same; no others can be taken for some."""
-    wrong = [f"{printable(name)} is missing" for name in record.files if not (folder / name).is_file()]
-    wrong += [
-        f"{file.name} is none of the run's files, and might be read in their place"
-        for file in sorted(folder.iterdir())
-        if file.name not in record.files and (file.suffix in _READ or file.is_dir())
+    found, recorded, hashes = paths_in(folder), dict.fromkeys(record.files), record.files_sha256
+    there = {name for name in recorded if lies_in(folder, name)}
+    wrong = [
+        f"{printable(name)} {'is a folder and no file' if os.path.isdir(folder / name) else 'is missing'}"
+        for name in recorded
+        if name not in there
     ]
-    found = {file.name: file for file in other_files(folder)}
-    for name, expected in record.files_sha256.items():
-        if name in found and file_sha256(found[name]) != expected:
-            wrong.append(f"{name} is not as it was written")
-    known = {RUN_FILE, *(file.name for file in weight_files(folder)), *record.files_sha256}
-    if record.files_sha256:
-        wrong += [f"the record has no hash of {name}" for name in record.files if name not in known]
-    hashes = "are as they were written" if record.files_sha256 else f"are there; {_without_hashes(record)}"
-    return _judged("files", wrong, f"{len(record.files)} files {hashes}")
+    wrong += [
+        f"{printable(name)} is none of the run's files, and might be read in their place"
+        for name in found
+        if name not in recorded and _might_be_read(folder / name)
+    ]
+    others = other_files(recorded)
+    wrong += [
+        f"{printable(name)} is not as it was written"
+        for name in others
+        if name in there and name in hashes and file_sha256(folder / name) != hashes[name]
+    ]
+    if hashes:
+        wrong += [f"the record has no hash of {printable(name)}" for name in others if name not in hashes]
+    done = "are as they were written" if hashes else f"are there; {_without_hashes(record)}"
+    return _judged("files", wrong, f"{len(record.files)} files {done}")
+
+
+def _might_be_read(entry: Path) -> bool:
+    """By transformers or by us, where it is found. Nothing is known of what a link to a folder leads to."""
+    return entry.is_dir() or entry.name.endswith(_READ)
 
 
 def _check_tensors(headers: Mapping[str, Header], record: RunRecord, progress: Stages) -> Check:
