@@ -425,9 +425,11 @@ def test_files_in_folders_are_merged_with_the_others(words: Path, tmp_path: Path
     settings = {"model": str(templated_folder(tmp_path / "toy")), "ratio": 0.5, "device": "cpu"}
     small = tmp_path / "small"
     lexigram.compress(Recipe.parse({**settings, "calibration": calibration, "method": {"name": "svd"}}), small)
+    (small / ".git").mkdir()
     record = lexigram.merge(small, saved_adapter(small, tmp_path / "lora"), tmp_path / "out")
     assert (tmp_path / "out" / TEMPLATE).read_bytes() == (small / TEMPLATE).read_bytes()
     assert TEMPLATE in record.files_sha256
+    assert not (tmp_path / "out" / ".git").exists()
     assert lexigram.verify(tmp_path / "out").passed
 
 

@@ -1348,6 +1348,18 @@ def test_files_in_folders_are_healed_with_the_others(words: Path, tmp_path: Path
         healed(tmp_path / "small", tmp_path / "out", settings, overwrite=True)
 
 
+def test_what_the_hub_puts_beside_is_not_healed(small: Path, words: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small, tmp_path / "small")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.json").write_text("{}")
+    (folder / "README.md").write_text("x")
+    healed(folder, tmp_path / "out", quick(words, steps=2))
+    assert contents(tmp_path / "out").keys() == {
+        key.replace(str(small), str(tmp_path / "out")) for key in contents(small)
+    }
+    assert lexigram.verify(tmp_path / "out").passed
+
+
 def test_an_empty_folder_beside_a_result_is_not_replaced(small: Path, words: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(small, tmp_path / "out")
     (folder / ".git").mkdir()

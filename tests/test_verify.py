@@ -328,6 +328,40 @@ def test_damage_in_folders_is_named(change: Callable[[Path], Any], says: str, te
     assert re.search(says, only_failure(folder))
 
 
+def test_what_tools_and_people_put_beside_is_none_of_the_result(folder: Path) -> None:
+    """A folder that was pushed to the hub and fetched again, or is a repository of git."""
+    for name in (".cache/huggingface/download/x.json", ".git/hooks/x.py", ".gitattributes", "._lexigram.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    [before] = [check.message for check in verify(folder).checks if check.name == "files"]
+    assert re.fullmatch(r"\d+ files are as they were written", before)
+    (folder / "images").mkdir()
+    for name in ("README.md", "LICENSE", "LICENSE.txt", "Notice.txt", "images/logo.png"):
+        (folder / name).write_text("x")
+    found = verify(folder)
+    assert found.passed
+    assert found.checks[0].message == f"{before}; LICENSE (and 4 more) beside them, which nothing reads"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "adapter_config.json",
+        "x.py",
+        "inside/x.py",
+        "vocab.txt",
+        "licensed_tokens.txt",
+        "notice.json",
+    ],
+)
+def test_what_might_be_read_is_refused_beside(name: str, folder: Path) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    [files] = [check for check in verify(folder).checks if check.name == "files"]
+    assert (files.passed, files.message.startswith(f"{name} is none of the run's files")) == (False, True)
+
+
 def test_what_cannot_be_verified_is_an_error(result: Path, toy: Path, words: Path, tmp_path: Path) -> None:
     with pytest.raises(LexigramError, match=r"is no compressed model \(it has no run\.json\); name what"):
         verify(toy)

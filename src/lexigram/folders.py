@@ -125,12 +125,15 @@ def check_plain(folder: Path) -> None:
 def paths_in(folder: Path) -> list[str]:
     """The paths in `folder` of all that is no folder, at any depth, as POSIX writes them. Links to folders are not entered.
 
+    Hidden entries of `folder` itself are left out: tools keep theirs there (`.git`, `.cache`), and nothing reads them. Further
+    inside they count, as transformers reads hidden templates, too.
+
     Raises:
         LexigramError: where a folder cannot be listed.
     """
     found = []
     with _listing(folder):
-        waiting = [*folder.iterdir()]
+        waiting = [path for path in folder.iterdir() if not path.name.startswith(".")]
         while waiting:
             path = waiting.pop()
             if path.is_dir() and not path.is_symlink():

@@ -178,8 +178,8 @@ def folder_sha256(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of `folder` that hold tensors."""
-    return sorted(folder.glob("*.safetensors"))
+    """The files of `folder` that hold tensors, hidden ones aside."""
+    return sorted(folder.glob("[!.]*.safetensors"))
 
 
 def other_files(names: Iterable[str]) -> list[str]:

@@ -11,6 +11,7 @@ of the run there is nothing left to forge.
 
 import math
 import os
+import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ _READ = (
     ".py",
 )
 """Suffixes of files that transformers may read beside those that it needs: weights, tokens, templates, code."""
+
+_PROSE = re.compile(r"(readme|licen[cs]e|notice)\b.*\.txt", re.IGNORECASE)
+"""Names of texts that are put beside a model for people; those of tokens are `vocab.txt`, `merges.txt` and the like."""
 
 
 class Check(BaseModel):
@@ -168,18 +172,16 @@ def _judged(name: str, wrong: Sequence[str], right: str) -> Check:
 
 def _check_files(folder: Path, record: RunRecord) -> Check:
     """All files of the record are there and, where it has their hashes, the same; no others can be taken for some."""
-    found, recorded, hashes = paths_in(folder), dict.fromkeys(record.files), record.files_sha256
+    recorded, hashes = dict.fromkeys(record.files), record.files_sha256
+    beside = [name for name in paths_in(folder) if name not in recorded]
     there = {name for name in recorded if lies_in(folder, name)}
     wrong = [
         f"{printable(name)} {'is a folder and no file' if os.path.isdir(folder / name) else 'is missing'}"
         for name in recorded
         if name not in there
     ]
-    wrong += [
-        f"{printable(name)} is none of the run's files, and might be read in their place"
-        for name in found
-        if name not in recorded and _might_be_read(folder / name)
-    ]
+    read = [name for name in beside if _might_be_read(folder / name)]
+    wrong += [f"{printable(name)} is none of the run's files, and might be read in their place" for name in read]
     others = other_files(recorded)
     wrong += [
         f"{printable(name)} is not as it was written"
@@ -189,12 +191,14 @@ def _check_files(folder: Path, record: RunRecord) -> Check:
     if hashes:
         wrong += [f"the record has no hash of {printable(name)}" for name in others if name not in hashes]
     done = "are as they were written" if hashes else f"are there; {_without_hashes(record)}"
-    return _judged("files", wrong, f"{len(record.files)} files {done}")
+    more = f" (and {len(beside) - 1} more)" if len(beside) > 1 else ""
+    unread = f"; {printable(beside[0])}{more} beside them, which nothing reads" if beside else ""
+    return _judged("files", wrong, f"{len(record.files)} files {done}{unread}")
 
 
 def _might_be_read(entry: Path) -> bool:
     """By transformers or by us, where it is found. Nothing is known of what a link to a folder leads to."""
-    return entry.is_dir() or entry.name.endswith(_READ)
+    return entry.is_dir() or (entry.name.endswith(_READ) and not _PROSE.fullmatch(entry.name))
 
 
 def _check_tensors(headers: Mapping[str, Header], record: RunRecord, progress: Stages) -> Check:
