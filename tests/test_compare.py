@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ from lexigram.cli.fields import choices
 from lexigram.comparison import order, origin, planning, plot
 from lexigram.comparison.table import DENSE, Row, difference, figure, markdown, table
 from lexigram.comparison.table import lines as lines_of
+from lexigram.distillation import ObjectiveName
 from lexigram.evaluation.records import evaluated
 from lexigram.recipe import Calibration
 from lexigram.source import Source
@@ -886,6 +887,17 @@ def test_a_healed_row_stands_behind_its_own(place: Place, long: Path) -> None:
         "low": [0.4, 0.5],
         "low, healed": [0.4, 0.5],
     }
+
+
+@pytest.mark.parametrize("objective", get_args(ObjectiveName))
+def test_every_objective_heals(objective: str, place: Place, long: Path) -> None:
+    """`tokens` imitates no model, and so is given none."""
+    low = place.recipe("low.yaml", SVD)
+    ended = place.compare(low, heal=long, heal_steps=1, heal_objective=objective)
+    assert ended.code == 0, ended.err
+    [healing] = place.row("low, healed")["run"]["healing"]
+    assert healing["settings"]["objective"] == objective
+    assert (healing["original"] is None) == (objective == "tokens")
 
 
 @pytest.fixture

@@ -245,7 +245,7 @@ def _heal(prepared: ComparisonPlan, job: Job, healed: Job, settings: HealingSett
             prepared.out / MODELS / job.name,
             prepared.out / MODELS / healed.name,
             settings,
-            against=prepared.model,
+            against=prepared.model if settings.imitates else None,
             device=prepared.reading.device,
             overwrite=prepared.overwrite,
             resume=True,
