@@ -957,6 +957,35 @@ def test_a_model_that_was_dropped_is_made_once_more_to_be_healed(
     assert list((place.out / "models").iterdir()) == list((place.out / "origins").iterdir()) == []
 
 
+def test_only_models_that_were_made_just_now_are_dropped(
+    place: Place, long: Path, compressed: list[str], healed: list[str]
+) -> None:
+    """One that an earlier call has kept stays, whether its row is there, to be made, or only its healed one is."""
+    low, bits, kept = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS), place.out / "models" / "low"
+    assert place.compare(low).code == 0
+    before = contents(kept)
+    assert place.compare(low, bits, drop_models=True).code == 0
+    (place.out / "rows" / "low.json").unlink()
+    assert place.compare(low, bits, drop_models=True).code == 0
+    assert place.compare(low, drop_models=True, heal=long, heal_steps=1).code == 0
+    assert (compressed, healed) == (["low", "bits"], ["low, healed"])
+    assert list((place.out / "models").iterdir()) == [kept]
+    assert contents(kept) == before
+    assert [file.name for file in (place.out / "origins").iterdir()] == ["low.json"]
+
+
+def test_what_somebody_else_put_beside_a_model_is_not_dropped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noted(model: str, *args: Any, **options: Any) -> Any:
+        if Path(model).name == "low":
+            (Path(model) / "notes.txt").write_text("mine")
+        return evaluated(model, *args, **options)
+
+    monkeypatch.setattr(order, "evaluated", noted)
+    assert place.compare(place.recipe("low.yaml", SVD), drop_models=True).code == 0
+    assert [file.name for file in (place.out / "models" / "low").iterdir()] == ["notes.txt"]
+    assert list((place.out / "origins").iterdir()) == []
+
+
 def test_other_settings_or_another_text_make_another_healed_row(
     place: Place, long: Path, compressed: list[str], healed: list[str]
 ) -> None:

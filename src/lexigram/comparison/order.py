@@ -9,7 +9,7 @@ text is the business of `table`, the plot that of `plot`.
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from lexigram.jsonfiles import read_json, write_json, write_text
 from lexigram.pipeline import compress, sampled
 from lexigram.planning import Plan
 from lexigram.recipe import Recipe
-from lexigram.records import machine, versions
+from lexigram.records import machine, read_run, versions
 from lexigram.running import Silent, Stages, counted
 from lexigram.staging import RUN_FILE
 from lexigram.training import HealingSettings
@@ -148,7 +148,8 @@ def run_comparison(
                 tell(of_job[-1])
         if prepared.drop_models and all(row.error is None for row in of_job):
             for each in job.family:
-                _drop(out, each.name)
+                if each.compresses:  # what was there before may have been kept on purpose
+                    _drop(out, each.name)
         rows += of_job
     return Comparison(rows, _written(prepared, rows))
 
@@ -305,11 +306,17 @@ def _evaluated(prepared: ComparisonPlan, model: str, reference: str | None, prog
 
 
 def _drop(out: Path, name: str) -> None:
-    """Remove a model of ours, if there is one."""
+    """Remove a model of ours: the files that its record lists, and the folder where nothing else lies in it."""
     folder = out / MODELS / name
-    if (folder / RUN_FILE).is_file():
-        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(LexigramError, OSError):  # its row is there: what cannot be removed is no reason to end
+        files = [folder / file for file in read_run(folder).files]
         origin_file(out, name).unlink(missing_ok=True)
+        for file in sorted(files, key=lambda file: file.name == RUN_FILE):  # last: it tells that the others are ours
+            if file.is_dir():
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _kept(out: Path, row: Row) -> Row:

@@ -64,7 +64,7 @@ class ComparisonSettings(BaseModel):
         default=None, description="How every compressed model is healed, for a second row of it."
     )
     drop_models: Annotated[bool, Shown(MACHINE)] = Field(
-        default=False, description="Remove each model once it is evaluated."
+        default=False, description="Remove each model that is made once it is evaluated."
     )
 
 
@@ -128,7 +128,7 @@ class Job:
 
     @property
     def compresses(self) -> bool:
-        """Whether a model is to be compressed: for this row, or to be healed."""
+        """Whether the model is to be made: for this row, or to be healed."""
         needed = self.done is None or (self.healed is not None and self.healed.waits)
         return self.plan is not None and not self.kept and needed
 
@@ -167,7 +167,7 @@ class ComparisonPlan:
     again: Mapping[str, str]
     """In what rows or models differ that are to be replaced, by name."""
     drop_models: bool
-    """Remove every model as soon as its row is there."""
+    """Remove every model that is made as soon as its row is there; what was there before stays."""
     plotless: str | None
 
 
