@@ -42,6 +42,7 @@ from lexigram.distillation import ObjectiveName
 from lexigram.evaluation.records import evaluated
 from lexigram.recipe import Calibration
 from lexigram.source import Source
+from lexigram.staging import REPLACED
 
 SVD, BITS = (f"method: {method}\ninclude: q_proj\n" for method in ("{name: svd}", "{name: svd, value_bits: 8}"))
 BITS += "ratio: 0.4\n"
@@ -494,6 +495,22 @@ def test_a_model_that_was_to_be_replaced_is_not_taken_for_the_new_one(
     compressed.clear()
     assert place.compare(low, overwrite=True).code == 0
     assert compressed == ["low"]
+    assert place.row("low")["run"]["requested_ratio"] == 0.3
+
+
+def test_a_model_that_is_put_back_is_not_taken_for_the_new_one(place: Place, compressed: list[str]) -> None:
+    """A kill between two renames has left it aside, without its origin."""
+    low, folder = place.recipe("low.yaml", SVD), place.out / "models" / "low"
+    assert place.compare(low).code == 0
+    aside = folder.with_name("low.unfinished") / f".low{REPLACED}x" / "low"
+    aside.parent.mkdir(parents=True)
+    folder.replace(aside)
+    for file in place.out.glob("[or]*s/low.json"):
+        file.unlink()
+    place.recipe("low.yaml", f"{SVD}ratio: 0.3\n")
+    assert "low exists and is not empty" in str(place.compare(low).out)
+    assert "was made from something else" in place.compare(low).error
+    assert place.compare(low, overwrite=True).code == 0
     assert place.row("low")["run"]["requested_ratio"] == 0.3
 
 

@@ -54,6 +54,7 @@ from lexigram.headers import file_sha256
 from lexigram.records import read_run
 from lexigram.runfolder import MANIFEST, run_folder
 from lexigram.runfolder import opened as runfolder_opened
+from lexigram.staging import REPLACED
 from lexigram.transformers_io import (
     SHARED,
     FactoredLinear,
@@ -1086,6 +1087,20 @@ def test_without_resume_an_unfinished_training_is_left_alone(small: Path, words:
     with pytest.raises(LexigramError, match=r"out\.unfinished holds an unfinished run; go on with --resume"):
         healed(small, tmp_path / "out", quick(words))
     assert contents(folder) == before
+
+
+def test_an_earlier_result_is_back_before_one_is_told_to_delete_the_training(
+    small: Path, words: Path, tmp_path: Path
+) -> None:
+    """A kill between two renames leaves it in the training's folder."""
+    folder, earlier = unfinished(small, words, tmp_path / "out"), contents(small)
+    shutil.copytree(small, folder / f".out{REPLACED}x" / "out")
+    with pytest.raises(LexigramError, match=r"out\.unfinished holds an unfinished run; go on with --resume, or delete"):
+        healed(small, tmp_path / "out", quick(words), overwrite=True)
+    assert list(folder.rglob(WEIGHTS)) == []
+    assert {Path(name).name: content for name, content in contents(tmp_path / "out").items()} == {
+        Path(name).name: content for name, content in earlier.items()
+    }
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])

@@ -149,25 +149,49 @@ def test_a_kill_after_the_last_rename(
     assert digest(tmp_path / "out") == wanted["streamed"]
 
 
+def killed_between_renames(recipe: Build, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Leave a result aside that was to be replaced; its digest."""
+    lexigram.compress(recipe(ratio=0.5), out)
+    before = digest(out)
+    with monkeypatch.context() as patched:
+        patched.setattr("lexigram.staging.os.replace", partial(replaced_but_by, out))
+        with pytest.raises(Stop):
+            lexigram.compress(recipe(), out, overwrite=True)
+    assert not out.exists()
+    return before
+
+
+def replaced_but_by(out: Path, source: Any, target: Any, *, replace: Callable[..., None] = os.replace) -> None:
+    """`os.replace` that ends the run where the new result is to become `out`."""
+    if Path(target) == out and ".partial-" in str(source):
+        raise Stop
+    replace(source, target)
+
+
+@pytest.mark.parametrize("state", ["whole", "damaged manifest", "empty folder in its place"])
+def test_an_earlier_result_is_back_before_one_is_told_to_delete_the_run(
+    state: str, recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, said = tmp_path / "out", "holds an unfinished run of 14 fitted .*, or delete it"
+    before = killed_between_renames(recipe, out, monkeypatch)
+    if state == "damaged manifest":
+        (tmp_path / "out.unfinished" / MANIFEST).write_bytes(b"{")
+        said = r"cannot be read; delete .*out\.unfinished and run again"
+    elif state == "empty folder in its place":
+        out.mkdir()
+    with pytest.raises(LexigramError, match=said):
+        lexigram.compress(recipe(), out, overwrite=True)
+    assert digest(out) == before
+    assert list((tmp_path / "out.unfinished").rglob(WEIGHTS)) == []
+    with pytest.raises(LexigramError, match="out exists and is not empty"):
+        lexigram.compress(recipe(), out)
+
+
 def test_a_kill_between_two_renames_loses_no_earlier_result(
     recipe: Build, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With --overwrite: the old result is aside, the new one not in its place; going on puts it back first."""
-    lexigram.compress(recipe(ratio=0.5), tmp_path / "out")
-    before = digest(tmp_path / "out")
-    replace, calls = os.replace, []
-
-    def second(source: Any, target: Any) -> None:
-        calls.append(target)
-        if Path(target) == tmp_path / "out" and ".partial-" in str(source):
-            raise Stop
-        replace(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("lexigram.staging.os.replace", second)
-        with pytest.raises(Stop):
-            lexigram.compress(recipe(), tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out").exists()
+    before = killed_between_renames(recipe, tmp_path / "out", monkeypatch)
     with pytest.raises(Stop):
         lexigram.compress(recipe(), tmp_path / "out", overwrite=True, resume=True, progress=StopAt(36))
     assert digest(tmp_path / "out") == before

@@ -34,7 +34,7 @@ from lexigram.headers import read_metadata
 from lexigram.memory import peak_memory_bytes
 from lexigram.recording import file_hashes, folder_sha256, other_files, tensor_hashes
 from lexigram.records import HealingRecord, RunRecord, machine, read_run, versions
-from lexigram.runfolder import MANIFEST, check_idle, finished, opened, run_folder
+from lexigram.runfolder import MANIFEST, finished, opened, recover, run_folder
 from lexigram.running import Silent, Stages, check_context
 from lexigram.shards import Entry, file_tensors, write_tensors
 from lexigram.source import Source
@@ -88,8 +88,8 @@ def heal(
     folder, out, progress = Path(folder).expanduser(), Path(out), progress or Silent()
     if resume and finished(out) and _is_result(out, folder, settings):
         return read_run(out)
+    recover(out)
     check_target(out, overwrite=overwrite)
-    check_idle(out)
     _check_begun(out, resume=resume)
     record = read_run(folder)
     check_outside(folder, out)

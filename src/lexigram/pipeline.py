@@ -37,7 +37,7 @@ from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
 from lexigram.recording import Ledger, run_record, unit_record
 from lexigram.records import RunRecord, Stopwatch, read_run, versions
-from lexigram.runfolder import RunFolder, check_idle, finished, opened
+from lexigram.runfolder import RunFolder, finished, opened, recover
 from lexigram.running import Silent, Stages, counted
 from lexigram.shards import FileTensor
 from lexigram.staging import RUN_FILE, check_target, staged
@@ -86,8 +86,8 @@ def compress(
     progress, watch, out = progress or Silent(), Stopwatch(), Path(out)
     if resume and finished(out) and (record := read_run(out)).recipe == recipe.model_dump(mode="json"):
         return record
+    recover(out)
     check_target(out, overwrite=overwrite)
-    check_idle(out)
     if prepared is not None:
         if prepared.recipe != recipe:
             raise LexigramError("the plan was made from another recipe; plan again, or leave it out")

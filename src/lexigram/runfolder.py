@@ -153,11 +153,16 @@ def finished(out: Path) -> bool:
     return True
 
 
-def check_idle(out: Path) -> None:
-    """Raise LexigramError where another process works on the run that is to become `out`: before anything that takes long."""
-    if (run_folder(out) / _LOCK).exists():
-        with _locked(run_folder(out)):
-            pass
+def recover(out: Path) -> None:
+    """Put an earlier result back that was to be replaced when a run was ended: before anybody is told to delete that run.
+
+    Raises:
+        LexigramError: where another process works on the run that is to become `out`.
+    """
+    folder = run_folder(out)
+    if (folder / _LOCK).exists() or any(_put_aside(folder)):
+        with _locked(folder):
+            _restore(folder, out)
 
 
 @contextmanager
@@ -175,9 +180,9 @@ def opened(out: Path, identity: Mapping[str, str], *, resume: bool) -> Iterator[
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
+        _restore(folder, out)
         run = RunFolder(folder, _manifest(folder, dict(identity), resume=resume))
         run.tidy()
-        _restore(folder, out)
         try:
             yield run
         except BaseException:
@@ -265,10 +270,19 @@ def _read(folder: Path) -> Manifest:
 
 def _restore(folder: Path, out: Path) -> None:
     """Put an earlier result back that was to be replaced when a run was ended."""
-    for place in folder.glob(f"*{REPLACED}*"):
-        if not out.exists() and (place / out.name).is_dir():
-            os.replace(place / out.name, out)
+    out = Path(os.path.abspath(out))
+    for place in _put_aside(folder):
+        if (place / out.name).is_dir():
+            with suppress(OSError):
+                out.rmdir()  # an empty folder is no result
+            if not out.exists():
+                os.replace(place / out.name, out)
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _put_aside(folder: Path) -> list[Path]:
+    """Folders with an earlier result that a run was to replace."""
+    return list(folder.glob(f"*{REPLACED}*"))
 
 
 def _write(folder: Path, manifest: Manifest) -> None:

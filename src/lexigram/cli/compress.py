@@ -14,7 +14,7 @@ from lexigram.pipeline import compress as run_compress
 from lexigram.progress import drawing
 from lexigram.recipe import Recipe
 from lexigram.reporting import tables
-from lexigram.runfolder import check_idle, run_folder
+from lexigram.runfolder import recover, run_folder
 from lexigram.shown import MACHINE
 from lexigram.staging import check_target
 from lexigram.workers import Backend, Workers
@@ -65,8 +65,8 @@ def compress(
     The result loads with plain `AutoModelForCausalLM.from_pretrained(OUT)` once lexigram is imported.
     """
     if not dry_run:
+        recover(out)
         check_target(out, overwrite=overwrite)
-        check_idle(out)
     here = backend is _HERE
     prepared = planned(recipe, cache, workers if here else 1, max_ram)
     if dry_run:

@@ -37,6 +37,7 @@ from lexigram.pipeline import compress, sampled
 from lexigram.planning import Plan
 from lexigram.recipe import Recipe
 from lexigram.records import machine, read_run, versions
+from lexigram.runfolder import recover
 from lexigram.running import Silent, Stages, counted
 from lexigram.staging import RUN_FILE
 from lexigram.training import HealingSettings
@@ -260,7 +261,9 @@ def _noted(out: Path, job: Job) -> Iterator[None]:
 
     Before it is made, so that a model without a row is known; where another one is replaced, only once that is gone.
     """
-    file, replaces = origin_file(out, job.name), (out / MODELS / job.name / RUN_FILE).is_file()
+    folder, file = out / MODELS / job.name, origin_file(out, job.name)
+    recover(folder)
+    replaces = (folder / RUN_FILE).is_file()
     if replaces:
         file.unlink(missing_ok=True)
     else:
