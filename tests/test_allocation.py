@@ -8,8 +8,10 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lexigram
 from conftest import TOYS, build_toy, toy_folder, words_tokenizer
-from lexigram import LexigramError, Recipe, RunRecord
+from lexigram import LexigramError, Recipe, RunRecord, curves, jsonfiles
 from lexigram.allocation.units import Allocation
 from lexigram.calibration import sensitivity
 from lexigram.calibration.sensitivity import output_sensitivity
@@ -588,6 +590,74 @@ def test_the_temporary_grams_are_beside_the_output_and_go_away(
         with pytest.raises(KeyboardInterrupt):
             compressed(recipe(**CACHED), folder / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def run_beside(recipe: Recipe, out: Path, cache: Path) -> None:
+    """A whole run in a process of its own."""
+    process = get_context("fork").Process(target=compressed, args=(recipe, out, cache))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("while_it", ["writes", "reads"])
+def test_two_runs_share_a_cache(
+    while_it: str, cache: Path, caches: Path, recipe: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One of another ratio begins and ends while the other writes what it knows of its fourth matrix, or reads it again."""
+    [whole] = cache.glob("*/curves-*.json")
+    before = whole.read_bytes()
+    whole.unlink()
+    replacing, read, seen = jsonfiles.replacing, curves.read_json, list[Path]()
+
+    def other(file: Path) -> None:
+        seen.append(file)
+        if len(seen) == 4:
+            run_beside(recipe(**{**CACHED, "ratio": 0.3}), tmp_path / "other", cache)
+
+    @contextmanager
+    def written(file: Path) -> Iterator[Path]:
+        with replacing(file) as partial:
+            yield partial
+            other(file)
+
+    def read_again(file: Path, **options: Any) -> dict[str, Any]:
+        other(file)
+        return read(file, **options)
+
+    if while_it == "reads":
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "lexigram.curves.output_sensitivity", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                compressed(recipe(**CACHED), tmp_path / "ended", cache)
+        monkeypatch.setattr(curves, "read_json", read_again)
+    else:
+        monkeypatch.setattr(jsonfiles, "replacing", written)
+    compressed(recipe(**CACHED), tmp_path / "out", cache)
+    assert len(seen) > 4
+    assert same_files(tmp_path / "out", caches / "kept-run")
+    assert list(cache.glob("*/curves-*")) == [whole]
+    assert whole.read_bytes() == before
+
+
+def test_curves_with_the_loss_outlive_those_of_a_run_that_needs_none_of_it(
+    cache: Path, recipe: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run of another measure began before there were any, and ends after them."""
+    [whole] = cache.glob("*/curves-*.json")
+    before, measured = whole.read_bytes(), curves._measured
+    whole.unlink()
+
+    def meanwhile(*args: Any) -> Any:
+        found = measured(*args)
+        whole.write_bytes(before)
+        return found
+
+    monkeypatch.setattr(curves, "_measured", meanwhile)
+    compressed(recipe(**{**CACHED, "measure": "relative"}), tmp_path / "out", cache)
+    assert whole.read_bytes() == before
 
 
 @pytest.mark.parametrize("place", ["fitting.fit_group", "curves.fit_group", "curves.output_sensitivity"])

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -119,12 +119,12 @@ def decide(
     if recipe.allocation == UNIFORM:
         return uniform(groups, targets, recipe.method, recipe.ratio, recipe.accounting)
     file = _file(plan, groups, store)
-    units = file.with_suffix("")
-    curves = _read(file) or _measured(plan, groups, weight, store, pool, units, progress)
+    # Beside it and not in a folder, which one run could remove while another with the same cache writes there.
+    units = {tuple(names): file.with_name(f"{file.stem}-{_sha256(names)[:16]}.json") for names in groups}
+    curves = _read(file) or _measured(plan, units, weight, store, pool, progress)
     if recipe.measure == "loss" and not curves.sensitivity:
         curves = curves.model_copy(update={"sensitivity": _sensitivity(plan, model, ids, progress, streaming)})
-    _keep(file, curves)
-    shutil.rmtree(units, ignore_errors=True)
+    _keep_all(file, curves, units.values())
     amount = budget(plan.targets, recipe.ratio, "bytes").amount
     offered = offers(curves, recipe.method, groups, targets, recipe.measure)
     if recipe.refine:
@@ -225,16 +225,14 @@ def measured_unit(task: MeasureTask) -> Curves:
 
 def _measured(
     plan: Plan,
-    groups: Sequence[Sequence[str]],
+    files: Mapping[tuple[str, ...], Path],
     weight: Callable[[str], Tensor],
     store: GramStore,
     pool: Workers,
-    folder: Path,
     progress: Stages,
 ) -> Curves:
-    """The curves of all units; each is kept in `folder` as soon as it is measured."""
+    """The curves of all units, which are told by their members' names; each is kept in its file as soon as it is measured."""
     targets = {target.name: target for target in plan.targets}
-    files = {tuple(names): folder / f"{_sha256(names)[:16]}.json" for names in groups}
     found = {names: curves for names, file in files.items() if (curves := _read(file)) is not None}
 
     def task(names: tuple[str, ...]) -> MeasureTask:
@@ -243,7 +241,7 @@ def _measured(
             return measure_task(plan, members, [weight(name) for name in names], [grams[t.site] for t in members])
 
     stage = "rank the layers' parts" if plan.recipe.allocation == GLOBAL else "measure the layers' curves"
-    with progress.stage(stage, len(groups)) as step:
+    with progress.stage(stage, len(files)) as step:
         for _ in found:
             step()
         for curves in pool.run(measured_unit, map(task, [names for names in files if names not in found])):
@@ -314,11 +312,16 @@ def _file(plan: Plan, groups: Sequence[Sequence[str]], store: GramStore) -> Path
 
 
 def _read(file: Path) -> Curves | None:
-    """What `_keep` wrote there."""
+    """What `_keep` wrote there; None where there is nothing, or no more once it is read."""
     if not file.is_file():
         return None
     remedy = "delete the file and run again"
-    content = read_json(file, remedy=remedy)
+    try:
+        content = read_json(file, remedy=remedy)
+    except LexigramError:
+        if file.exists():
+            raise
+        return None  # another run with the same cache has just put it into the curves of all units
     if content.pop("sha256", None) != _sha256(content):
         raise LexigramError(f"the curves {file} are not those that were written; {remedy}")
     try:
@@ -331,6 +334,16 @@ def _keep(file: Path, curves: Curves) -> None:
     """With a hash of the content, which is what a later run trusts."""
     content = curves.model_dump(mode="json")
     write_json(file, {**content, "sha256": _sha256(content)})
+
+
+def _keep_all(file: Path, curves: Curves, units: Iterable[Path]) -> None:
+    """Keep the curves of all units, and only then remove those of single ones; other runs may do the same meanwhile."""
+    there = _read(file)
+    if there is None or not there.sensitivity:  # what another run has told of the loss costs a backward pass
+        _keep(file, curves)
+    for unit in units:
+        with suppress(OSError):
+            unit.unlink()
 
 
 def offers(
