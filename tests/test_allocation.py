@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lexigram
 from conftest import TOYS, build_toy, toy_folder, words_tokenizer
-from lexigram import LexigramError, Recipe, RunRecord, curves, jsonfiles
+from lexigram import LexigramError, Recipe, RunRecord, curves, jsonfiles, staging
 from lexigram.allocation.units import Allocation
 from lexigram.calibration import sensitivity
 from lexigram.calibration.sensitivity import output_sensitivity
@@ -496,6 +497,30 @@ def test_an_unfinished_calibration_is_not_taken_for_a_finished_one(
     compressed(recipe(**CACHED), tmp_path / "out", cache)
     assert seal.is_file()
     assert len(grams_of(cache)) == count
+
+
+@pytest.mark.parametrize("one_disk", [True, False])
+def test_the_disk_is_asked_for_the_grams_that_the_cache_has_not(
+    one_disk: bool, cache: Path, recipe: Build, no_calibration: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With all but two there, so much more than the output takes is needed, or on the disk of the cache alone."""
+    prepared = lexigram.plan(recipe(**CACHED), cache=cache)
+    gone = grams_of(cache)[:2]
+    grams = sum(prepared.gram_bytes[file.stem] for file in gone)
+    for file in gone:
+        file.unlink()
+    free = {False: prepared.disk_bytes + grams * one_disk, True: grams}
+    monkeypatch.setattr(staging, "_disk", lambda place: not one_disk and cache in place.parents)
+    monkeypatch.setattr(
+        staging.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[not one_disk and place == cache])
+    )
+    with pytest.raises(Calibrated):
+        compressed(recipe(**CACHED), tmp_path / "out", cache)
+    free[not one_disk] -= 1
+    said = r"out\.unfinished and .*grams-\w+ need about" if one_disk else r"kept/grams-\w+ needs about"
+    with pytest.raises(LexigramError, match=rf"{said} \d+ MB and .* MB free; free some space"):
+        compressed(recipe(**CACHED), tmp_path / "out", cache)
+    assert not list(tmp_path.glob("out*"))
 
 
 def grams_of(cache: Path) -> list[Path]:

@@ -40,7 +40,7 @@ from lexigram.records import RunRecord, Stopwatch, read_run, versions
 from lexigram.runfolder import RunFolder, finished, opened, recover
 from lexigram.running import Silent, Stages, counted
 from lexigram.shards import FileTensor
-from lexigram.staging import RUN_FILE, check_target, staged
+from lexigram.staging import RUN_FILE, check_space, check_target, staged
 from lexigram.targets import decoder_layers
 from lexigram.transformers_io import SHARED, FactoredLinear
 from lexigram.transformers_io.writing import write_model
@@ -255,6 +255,9 @@ class _Work:
         if store.holds(sites):
             return
         missing = store.missing(sites)
+        if self.prepared.cache is not None:
+            needed = sum(self.prepared.gram_bytes[site] for site in missing)
+            check_space({self.kept.folder: self.prepared.disk_bytes, store.folder: needed})
         with self.progress.stage("calibrate", len(sites)) as step:
             for _ in sites - missing:
                 step()

@@ -107,8 +107,16 @@ class Plan:
         return max(self.memory.values())
 
     @property
+    def gram_bytes(self) -> dict[str, int]:
+        """Of every site's Gram, in float64, by the site's name."""
+        return {target.site: 8 * target.shape[1] ** 2 for target in self.targets}
+
+    @property
     def disk_bytes(self) -> int:
-        """What the run will need on disk: the output with its descriptions, and Grams and parts that are kept meanwhile."""
+        """What the run will need on disk: the output with its descriptions, and Grams and parts that are kept meanwhile.
+
+        Grams in a cache are not in it: which of them are there already is known once the weights are.
+        """
         widths: dict[int | None, dict[str, int]] = {}
         for target in self.targets:
             widths.setdefault(target.layer, {})[target.site] = target.shape[1]

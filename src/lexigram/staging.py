@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -40,11 +40,26 @@ def check_target(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -
         raise LexigramError(f"{parent} is a file, so {out} cannot be made in it; name another output folder")
     if not os.access(parent, os.W_OK):
         raise LexigramError(f"{parent} is not writable; name another output folder")
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise LexigramError(
-            f"{out} needs about {needed_bytes / 1e6:.0f} MB and {parent} has {free / 1e6:.0f} MB free; free some space"
-        )
+    check_space({out: needed_bytes})
+
+
+def check_space(needed_bytes: Mapping[Path, int]) -> None:
+    """Raise where so many bytes could not be written to each of some places; what goes to one disk is added up.
+
+    Raises:
+        LexigramError: naming the places on a disk that is too small.
+    """
+    disks: dict[int, list[Path]] = {}
+    for place in needed_bytes:
+        disks.setdefault(_disk(place), []).append(place)
+    for places in disks.values():
+        needed, parent = sum(needed_bytes[place] for place in places), _existing_parent(places[0])
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise LexigramError(
+                f"{' and '.join(map(str, places))} need{'s' * (len(places) == 1)} about {needed / 1e6:.0f} MB and {parent} has "
+                f"{free / 1e6:.0f} MB free; free some space"
+            )
 
 
 def check_outside(folder: Path, out: Path) -> None:
@@ -160,6 +175,11 @@ def _usual_modes(folder: Path) -> None:
     folder.chmod(0o777 & ~mask)
     for file in folder.rglob("*"):
         file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+
+
+def _disk(path: Path) -> int:
+    """What a file system is known by."""
+    return _existing_parent(path).stat().st_dev
 
 
 def _existing_parent(path: Path) -> Path:

@@ -416,7 +416,7 @@ def _check_disk(prepared: ComparisonPlan) -> None:
     needed = (max if prepared.drop_models else sum)(sum(each.values()) for each in models)
     if not (prepared.out / CACHE).is_dir():
         plans = {job.seed: job.plan for job in prepared.jobs if job.compresses and job.plan is not None}
-        needed += sum(map(_gram_bytes, plans.values()))
+        needed += sum(sum(each.gram_bytes.values()) for each in plans.values())
     for name in (name for each in models for name in each):
         check_target(prepared.out / MODELS / name, overwrite=prepared.overwrite, needed_bytes=needed)
 
@@ -429,8 +429,3 @@ def _disk_bytes(job: Job) -> dict[str, int]:
     if job.healed is not None and job.healed.waits:
         found[job.healed.name] = job.plan.uncompressed_bytes + job.plan.bytes_after
     return found
-
-
-def _gram_bytes(prepared: Plan) -> int:
-    """Of one calibration in the cache, in float64."""
-    return sum(8 * width**2 for width in {target.site: target.shape[1] for target in prepared.targets}.values())
