@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args
 
 import pytest
@@ -28,6 +29,7 @@ from lexigram import (
     cli,
     pipeline,
     recording,
+    staging,
 )
 from lexigram.calibration.text import read_texts
 from lexigram.calibration.tokens import TokenSequences
@@ -41,6 +43,7 @@ from lexigram.comparison.table import lines as lines_of
 from lexigram.distillation import ObjectiveName
 from lexigram.evaluation.records import evaluated
 from lexigram.recipe import Calibration
+from lexigram.runfolder import run_folder
 from lexigram.source import Source
 from lexigram.staging import REPLACED
 
@@ -343,6 +346,24 @@ def test_only_what_is_not_there_is_made(place: Place, compressed: list[str]) -> 
     assert [[line[key] for key in told] for line in markdown_cells(again)] == [
         [line[key] for key in told] for line in markdown_cells(text)
     ]
+
+
+def test_a_comparison_that_goes_on_needs_no_room_for_what_is_there(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = {"low": place.library()}
+    whole = planning.plan_comparison(low, place.out, place.settings).jobs[0].plan
+    assert whole is not None
+    grams = sum(8 * width**2 for width in {target.site: target.shape[1] for target in whole.targets}.values())
+    free = whole.disk_bytes + grams - 1000
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
+    with pytest.raises(LexigramError, match="free some space"):
+        planning.plan_comparison(low, place.out, place.settings)
+    there = run_folder(place.out / "models" / "low") / "objects" / "fitted"
+    there.parent.mkdir(parents=True)
+    (place.out / "rows").mkdir()
+    there.write_bytes(bytes(1000))
+    planning.plan_comparison(low, place.out, place.settings)
 
 
 def test_a_killed_comparison_goes_on_at_its_next_row(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,11 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lexigram
 from conftest import toy_folder
 from endings import Stop, StopAt
-from lexigram import LexigramError, Recipe, fitting
+from lexigram import LexigramError, Recipe, fitting, staging
 from lexigram.allocation.units import Unit
 from lexigram.methods import Fitted, fit_group
-from lexigram.runfolder import MANIFEST, opened, run_folder
+from lexigram.runfolder import MANIFEST, held_bytes, opened, run_folder
 from lexigram.source import Source
+from lexigram.staging import REPLACED
 from lexigram.transformers_io.writing import write_model
 from lexigram.weights import Held
 
@@ -444,6 +446,37 @@ def test_kills_of_every_kind_of_run(way: str, recipe: Build, tmp_path: Path) -> 
     lexigram.compress(wanted, tmp_path / "whole")
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"} | ({"cache"} if way == "cached" else set())
+
+
+def test_what_is_on_disk_already_is_not_asked_for_again(
+    recipe: Build, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte less than what is missing is refused; half-written files of a kill count, as they are removed first."""
+    out, settings = tmp_path / "out", recipe(**WAYS["knapsack"])
+    with pytest.raises(Stop):
+        lexigram.compress(settings, out, progress=StopAt(8, of="compress"))
+    hidden = run_folder(out) / ".streamed" / "Gram"
+    hidden.parent.mkdir()
+    hidden.write_bytes(bytes(1000))
+    there = sum(path.stat().st_size for path in run_folder(out).rglob("*") if path.is_file())
+    assert there > 100_000
+    missing = lexigram.plan(settings).disk_bytes - there
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _path: SimpleNamespace(free=missing - 1))
+    with pytest.raises(LexigramError, match="free some space"):
+        lexigram.compress(settings, out, resume=True)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _path: SimpleNamespace(free=missing))
+    lexigram.compress(settings, out, resume=True)
+    assert digest(out) == wanted["knapsack"]
+
+
+def test_an_earlier_result_that_goes_back_makes_no_room(tmp_path: Path) -> None:
+    kept, replaced = run_folder(tmp_path / "out") / "kept", run_folder(tmp_path / "out") / f".out{REPLACED}x" / "out"
+    replaced.mkdir(parents=True)
+    assert held_bytes(tmp_path / "out") == 0
+    for file in (kept, replaced / "weights"):
+        file.write_bytes(bytes(10))
+    assert held_bytes(tmp_path / "out") == 10
+    assert held_bytes(tmp_path / "other") == 0
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
 from lexigram.recording import Ledger, run_record, unit_record
 from lexigram.records import RunRecord, Stopwatch, read_run, versions
-from lexigram.runfolder import RunFolder, finished, opened, recover
+from lexigram.runfolder import RunFolder, finished, held_bytes, opened, recover
 from lexigram.running import Silent, Stages, counted
 from lexigram.shards import FileTensor
 from lexigram.staging import RUN_FILE, check_space, check_target, staged
@@ -94,7 +94,8 @@ def compress(
         watch.credit("plan", prepared.seconds)
     with watch.stage("plan"):
         prepared = prepared or plan(recipe, cache=cache)
-        check_target(out, overwrite=overwrite, needed_bytes=prepared.disk_bytes)
+        there = held_bytes(out) if resume else 0
+        check_target(out, overwrite=overwrite, needed_bytes=prepared.disk_bytes - there)
     with watch.stage("load"):
         frame, weights = prepared.source.opened(prepared.device)
         with progress.stage("read the weights", len(weights.entries)) as step:

@@ -28,6 +28,7 @@ from lexigram.evaluation.perplexity import check_windowing
 from lexigram.jsonfiles import check_writable
 from lexigram.planning import Plan, plan
 from lexigram.recipe import BOS, GLOBAL, KNAPSACK, UNIFORM, Names, Recipe
+from lexigram.runfolder import held_bytes
 from lexigram.running import check_context
 from lexigram.shown import BUDGET, CALIBRATION, EVALUATION, MACHINE, Shown
 from lexigram.source import Source
@@ -412,7 +413,7 @@ def _resumed(job: Job, out: Path, *, overwrite: bool) -> Job:
 
 def _check_disk(prepared: ComparisonPlan) -> None:
     """Raise where the models, or the Grams beside them, could not be written."""
-    models = [_disk_bytes(job) for job in prepared.jobs]
+    models = [_disk_bytes(job, prepared.out) for job in prepared.jobs]
     needed = (max if prepared.drop_models else sum)(sum(each.values()) for each in models)
     if not (prepared.out / CACHE).is_dir():
         plans = {job.seed: job.plan for job in prepared.jobs if job.compresses and job.plan is not None}
@@ -421,11 +422,11 @@ def _check_disk(prepared: ComparisonPlan) -> None:
         check_target(prepared.out / MODELS / name, overwrite=prepared.overwrite, needed_bytes=needed)
 
 
-def _disk_bytes(job: Job) -> dict[str, int]:
-    """What the models of a job take that are to be made, by their names."""
+def _disk_bytes(job: Job, out: Path) -> dict[str, int]:
+    """What the models of a job take that are to be made, by their names, beside what is there of them."""
     if job.plan is None:
         return {}
-    found = {job.name: job.plan.disk_bytes} if job.compresses else {}
+    found = {job.name: job.plan.disk_bytes - held_bytes(out / MODELS / job.name)} if job.compresses else {}
     if job.healed is not None and job.healed.waits:
         found[job.healed.name] = job.plan.uncompressed_bytes + job.plan.bytes_after
     return found
