@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +17,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lexigram
 from conftest import Command, toy_folder, words_tokenizer
-from lexigram import LexigramError, Recipe
-from lexigram.memory import Needs, Way, chosen_way, parsed
+from lexigram import LexigramError, Recipe, planning
+from lexigram.memory import (
+    Needs,
+    Way,
+    available_bytes,
+    chosen_way,
+    left_by_cgroup,
+    left_by_machine,
+    memory_cgroups,
+    parsed,
+)
 from lexigram.planning import plan
 from lexigram.source import Source
 from lexigram.weights import Weights
@@ -92,6 +102,117 @@ def test_a_limit_is_kept_by_the_fastest_way_that_can() -> None:
         assert max(stages.values()) <= limit - 1
         seen, limit = [*seen, way], safe(stages)
     assert seen == [Way(4), Way(4, spills=True), Way(2, spills=True), Way(1, spills=True)]
+
+
+def test_without_a_limit_there_are_as_many_workers_as_the_machine_has_room_for() -> None:
+    """As under a limit, whatever the process had at its peak before; with no room for any, the smallest is tried."""
+    resident, limits = 400_000_000, range(0, 5 * GIB, GIB // 8)
+    for size in limits:
+        by_room, stages = chosen_way(NEEDS, resident, 4, None, 9 * GIB, room=size)
+        try:
+            by_limit = chosen_way(NEEDS, resident, 4, size)[0]
+        except LexigramError:
+            by_limit = Way(1, spills=True)
+        assert by_room == by_limit
+        assert stages["plan"] == 9 * GIB
+    assert chosen_way(NEEDS, resident, 4, None)[0] == Way(4)
+    assert chosen_way(NEEDS, resident, 4, 64 * GIB, room=0)[0] == Way(4), "a limit that is told is the limit"
+
+
+def test_what_no_way_makes_smaller_costs_no_worker() -> None:
+    assert chosen_way(replace(NEEDS, whole=64 * GIB), 0, 4, None, room=GIB)[0] == Way(4)
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "left"),
+    [
+        ("MemTotal:       24684096 kB\nMemFree:  1 kB\nMemAvailable:   24093812 kB\n", 24093812 * 1024),
+        ("MemTotal:       24684096 kB\n", None),  # Linux before 3.14
+        ("", None),
+    ],
+)
+def test_what_the_machine_has_left(meminfo: str, left: int | None) -> None:
+    assert left_by_machine(meminfo) == left
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "stat", "left"),
+    [
+        ("1000\n", "700\n", "", 300),
+        ("1000\n", "700\n", "anon 500\ninactive_file 150\nactive_file 50\nfile 250\n", 500),
+        ("1000\n", "700\n", "inactive_file 1\ntotal_inactive_file 90\ntotal_active_file 10\n", 400),
+        ("1000\n", "1200\n", "", 0),
+        ("1000\n", "10\n", "inactive_file 400\n", 1000),
+        ("max\n", "700\n", "", None),
+        ("1000\n", "", "", None),
+        ("", "", "", None),
+    ],
+)
+def test_what_a_cgroup_leaves(limit: str, usage: str, stat: str, left: int | None) -> None:
+    assert left_by_cgroup(limit, usage, stat) == left
+
+
+def test_the_cgroups_of_a_process() -> None:
+    """All that stand above it, too: of the one hierarchy (v2), or of that of memory among several (v1)."""
+    second = ("memory.max", "memory.current", "memory.stat")
+    assert memory_cgroups("0::/user.slice/run\n") == [
+        (Path("/sys/fs/cgroup"), second),
+        (Path("/sys/fs/cgroup/user.slice"), second),
+        (Path("/sys/fs/cgroup/user.slice/run"), second),
+    ]
+    assert memory_cgroups("0::/\n") == [(Path("/sys/fs/cgroup"), second)]
+    first = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    assert memory_cgroups("9:name=systemd:/\n4:hugetlb,memory:/job:1\n3:cpuset:/\n") == [
+        (Path("/sys/fs/cgroup/memory"), first),
+        (Path("/sys/fs/cgroup/memory/job:1"), first),
+    ]
+    assert memory_cgroups("") == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_what_is_available_becomes_less_as_it_is_taken() -> None:
+    before = available_bytes()
+    assert before is not None
+    taken = torch.ones(2**28, dtype=torch.uint8)
+    after = available_bytes()
+    assert after is not None
+    assert after < before - taken.numel() // 2
+
+
+def test_what_is_available_bounds_the_workers_that_nobody_asked_for(
+    recipe: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_WORTH_WORKERS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(planning, "available_bytes", lambda: None)
+    free = plan(recipe(), workers=None)
+    assert (free.way, free.room, free.beyond_room) == (Way(8), None, False)
+    added = free.memory["fit"] - free.memory["save"]
+    monkeypatch.setattr(planning, "available_bytes", lambda: added // 2)
+    bounded = plan(recipe(), workers=None)
+    assert 1 <= bounded.way.workers < 8
+    assert not bounded.beyond_room
+    asked = plan(recipe(), workers=8)
+    assert asked.way == Way(8)
+    assert asked.beyond_room
+    assert plan(recipe(), workers=None, max_ram=64 * GIB).way == Way(8)
+
+
+def test_memory_that_may_not_suffice_is_told_and_not_refused(
+    command: Command, recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe()
+    args = [wanted.model, "-c", wanted.calibration.text[0], "--sequences", 8, "--length", 32, "--method", "svd"]
+    monkeypatch.setattr(planning, "available_bytes", lambda: None)
+    assert "the system may end the run" not in command("plan", *args).out
+    monkeypatch.setattr(planning, "available_bytes", lambda: 1000)
+    said = command("plan", *args)
+    assert re.search(r"no more than [\d.]+ MB of memory are there for it: the system may end the run", said.out)
+    assert "1 worker, hidden states in files" in said.out
+    assert "take fewer workers than 2, or take a larger" in command("plan", *args, "--workers", 2).out
+    done = command("compress", *args, "--out", tmp_path / "out")
+    assert done.code == 0
+    assert "the system may end the run" in done.out
 
 
 def test_every_size_counts() -> None:

@@ -17,6 +17,9 @@ from lexigram.errors import LexigramError
 BATCH_TOKENS = 2048
 """Tokens that are run through a layer at once."""
 
+PLANNING = "plan"
+"""The stage that is over once there is a prediction."""
+
 _WORKER = 420_000_000  # bytes of a worker process before it has anything to do
 _COMPUTING = 70_000_000  # bytes that libraries take for themselves once something is computed
 _WHITENING = 7  # Grams: one, its factor and inverse, what an eigendecomposition works in, and what it leaves unused
@@ -109,26 +112,39 @@ class Needs:
 
 
 def chosen_way(
-    needs: Needs, resident: int, workers: int, limit: int | None, peak: int = 0
+    needs: Needs, resident: int, workers: int, limit: int | None, peak: int = 0, room: int | None = None
 ) -> tuple[Way, dict[str, int]]:
-    """The fastest way whose peak is safely within `limit` bytes, and every stage's peak; `peak` is what was reached already.
+    """The fastest way whose peak is safely within a bound, and every stage's peak.
+
+    Args:
+        needs: the sizes that decide it.
+        resident: bytes that the process takes before it begins.
+        workers: the most that there may be.
+        limit: bytes that are kept or refused.
+        peak: what was reached already, which counts within the limit.
+        room: without a limit, bytes that the machine has for this process. A prediction is no proof: where every way takes
+            more, it is the fastest of those that take least.
 
     Raises:
-        LexigramError: where none is, with the smallest limit that would do.
+        LexigramError: where no way is within the limit, with the smallest that would do.
     """
-    least: int | None = None
-    for way in _ways(workers):
-        stages = needs.stages(way, resident)
-        most = max(stages.values())
-        wanted = max(peak, most + int(_SHORT * (most - resident)))
-        if limit is None or wanted <= limit:
-            return way, {"plan": peak, **stages}
-        least = wanted if least is None else min(least, wanted)
-    worst = max(stages, key=lambda name: stages[name])
-    raise LexigramError(
-        f"a memory limit of {shown(limit or 0)} is too small: at least {shown(least or 0)} are needed, most to {worst}; give "
-        f"--max-ram {(least or 0) / 2**20 * 1.01 + 1:.0f}MiB"
-    )
+    ways = {way: needs.stages(way, resident) for way in _ways(workers)}
+    wanted = {way: _safely(max(stages.values()), resident) for way, stages in ways.items()}
+    smallest = min(ways, key=wanted.__getitem__)
+    bound = room if limit is None else limit
+    if limit is not None and (least := max(peak, wanted[smallest])) > limit:
+        worst = max(ways[smallest], key=ways[smallest].__getitem__)
+        raise LexigramError(
+            f"a memory limit of {shown(limit)} is too small: at least {shown(least)} are needed, most to {worst}; give "
+            f"--max-ram {least / 2**20 * 1.01 + 1:.0f}MiB"
+        )
+    way = next((way for way in ways if bound is None or wanted[way] <= bound), smallest)
+    return way, {PLANNING: peak, **ways[way]}
+
+
+def _safely(peak: int, resident: int) -> int:
+    """The limit that a predicted peak is safely within."""
+    return peak + int(_SHORT * (peak - resident))
 
 
 def _ways(workers: int) -> Iterator[Way]:
@@ -162,6 +178,60 @@ def resident_bytes() -> int:
     with suppress(OSError, IndexError, ValueError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * _page_bytes()
     return peak_memory_bytes()
+
+
+def available_bytes() -> int | None:
+    """What this process can still take: of what the machine has available, and of what its cgroups leave.
+
+    None where the system does not tell: on others than Linux.
+    """
+    cgroups = memory_cgroups(_content(Path("/proc/self/cgroup")))
+    told = [left_by_machine(_content(Path("/proc/meminfo")))]
+    told += [left_by_cgroup(*(_content(folder / name) for name in names)) for folder, names in cgroups]
+    return min((size for size in told if size is not None), default=None)
+
+
+def left_by_machine(meminfo: str) -> int | None:
+    """Bytes that are available by the content of ``/proc/meminfo``; None where it does not say."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB$", meminfo, re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
+
+
+def left_by_cgroup(limit: str, usage: str, stat: str) -> int | None:
+    """Bytes that a cgroup leaves by the contents of its files; None where it has no limit, or they do not say."""
+    if not (limit.strip().isdecimal() and usage.strip().isdecimal()):
+        return None
+    counts = {name: int(count) for name, count in re.findall(r"^(\w+) (\d+)$", stat, re.MULTILINE)}
+    # Pages of files count as used, a model that was just downloaded too, and are given up when memory is short.
+    files = sum(counts.get(f"total_{name}", counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return max(0, int(limit) - max(0, int(usage) - files))
+
+
+def memory_cgroups(own: str) -> list[tuple[Path, tuple[str, str, str]]]:
+    """Folders of the cgroups that may limit a process, by the content of its ``/proc/self/cgroup``, with their files' names.
+
+    A limit holds for all cgroups below; in a container the outermost may be all that can be seen.
+    """
+    found = []
+    for _, kinds, path in (line.split(":", 2) for line in own.splitlines() if line.count(":") >= 2):
+        if kinds == "":
+            place, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "memory.stat")
+        elif "memory" in kinds.split(","):
+            place = Path("/sys/fs/cgroup/memory")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+        else:
+            continue
+        parts = path.strip("/").split("/")
+        found += [(place.joinpath(*parts[:count]), names) for count in range(len(parts) + 1)]
+    return list(dict.fromkeys(found))
+
+
+def _content(file: Path) -> str:
+    """Empty where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def release() -> None:

@@ -21,7 +21,7 @@ from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
 from lexigram.factors import LONGEST, FactorSpec
 from lexigram.folders import CONFIG
-from lexigram.memory import Needs, Way, chosen_way, peak_memory_bytes, resident_bytes
+from lexigram.memory import PLANNING, Needs, Way, available_bytes, chosen_way, peak_memory_bytes, resident_bytes
 from lexigram.methods.base import chooses, couples, trials
 from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Recipe
 from lexigram.source import Source
@@ -68,6 +68,8 @@ class Plan:
     """How it is carried out where memory decides."""
     memory: dict[str, int]
     """The peak of memory in every stage, in bytes, as it is predicted: of the workers too."""
+    room: int | None
+    """Bytes of memory that the machine had for this process when it was planned; None where that is not known."""
     device: torch.device
     compute_dtype: torch.dtype
     spilled_bytes: int
@@ -112,6 +114,12 @@ class Plan:
         return {target.site: 8 * target.shape[1] ** 2 for target in self.targets}
 
     @property
+    def beyond_room(self) -> bool:
+        """Whether a stage that is to come is predicted to take more memory than the machine has for it."""
+        to_come = max(peak for stage, peak in self.memory.items() if stage != PLANNING)
+        return self.room is not None and to_come > self.room
+
+    @property
     def disk_bytes(self) -> int:
         """What the run will need on disk: the output with its descriptions, and Grams and parts that are kept meanwhile.
 
@@ -145,8 +153,9 @@ def plan(
         recipe: the whole run.
         cache: a folder where Grams, curves and decompositions are kept, so that another run on the same weights and text need
             not make them again.
-        workers: matrices that are fitted at once; None for one a core where models are worth it.
-        max_ram: bytes of memory that the run may take, its workers included.
+        workers: matrices that are fitted at once; None for one a core where models are worth it, and as many as the memory that
+            is available holds by the prediction.
+        max_ram: bytes of memory that the run may take, its workers included; kept or refused, however much is available.
         tokens: the calibration, where it is there already from this recipe's text and seed, read or sampled before.
 
     Raises:
@@ -178,8 +187,17 @@ def plan(
     compute_dtype = forward_dtype(device, recipe.compute_dtype)
     read = recipe.calibration.sequences * length, length
     needs = _needs(recipe, source, skeleton, targets, groups, read, compute_dtype, samples=tokens is None)
-    before = peak_memory_bytes()
-    way, memory = chosen_way(needs, resident_bytes(), workers or _default_workers(device, targets), max_ram, before)
+    before, resident = peak_memory_bytes(), resident_bytes()
+    available = available_bytes() if device.type == "cpu" else None  # a GPU has memory of its own
+    room = None if available is None else resident + available
+    way, memory = chosen_way(
+        needs,
+        resident,
+        workers or _default_workers(device, targets),
+        max_ram,
+        before,
+        room if workers is None else None,
+    )
     return Plan(
         recipe=recipe,
         source=source,
@@ -192,6 +210,7 @@ def plan(
         uncompressed_bytes=_uncompressed_bytes(recipe, skeleton, targets),
         way=way,
         memory=memory,
+        room=room,
         device=device,
         compute_dtype=compute_dtype,
         spilled_bytes=needs.spilled_bytes if way.spills else 0,

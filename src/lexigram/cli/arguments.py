@@ -76,7 +76,7 @@ Count = Annotated[
     typer.Option(
         min=1,
         help="Matrices that are fitted at once, each by a process with one thread; the result is the same. "
-        "[default: one a core, for models worth it]",
+        "[default: one a core, for models worth it, or as many as memory holds]",
         rich_help_panel=MACHINE,
     ),
 ]

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from lexigram.cli.arguments import Count, DryRun, DtypeName, MaxRam, Model
 from lexigram.cli.options import Option
 from lexigram.cli.parameters import declared
+from lexigram.cli.plan import short_memory
 from lexigram.cli.recipes import OPTIONS, merged
 from lexigram.cli.screen import console, errors, say
 from lexigram.comparison.order import Comparison, run_comparison
@@ -187,6 +188,8 @@ def _show_plan(prepared: ComparisonPlan) -> None:
             say(f"{job.name} cannot be made: {job.error}")
         elif job.healed is not None:
             say(f"{job.healed.name}: {_healing_state(job, job.healed)}")
+        if job.plan is not None and job.compresses and (warning := short_memory(job.plan)):
+            say(f"{job.name}: {warning}")
     if prepared.plotless:
         say(prepared.plotless)
 

@@ -42,3 +42,16 @@ def show_plan(prepared: Plan, seconds: Mapping[str, float]) -> None:
         f"about {tables.size(prepared.memory_bytes)} of memory, {tables.size(prepared.disk_bytes)} on disk; "
         f"device {prepared.device}, forward pass in {str(prepared.compute_dtype).removeprefix('torch.')}"
     )
+    if warning := short_memory(prepared):
+        say(warning)
+
+
+def short_memory(prepared: Plan) -> str | None:
+    """What to say where the machine has less memory than is predicted; None where it suffices, or nobody knows."""
+    if prepared.room is None or not prepared.beyond_room:
+        return None
+    fewer = f", take fewer workers than {prepared.way.workers}" if prepared.way.workers > 1 else ""
+    return (
+        f"no more than {tables.size(prepared.room)} of memory are there for it: the system may end the run; free some{fewer}, "
+        "or take a larger machine"
+    )
