@@ -16,12 +16,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
 import torch
+from joblib import Parallel, delayed
 from torch import Tensor
 
 from conftest import Command, toy_folder
@@ -399,6 +401,38 @@ def test_this_process_hears_the_interrupt_and_what_was_begun_is_finished() -> No
         signal.signal(signal.SIGINT, before)
     assert heard == [signal.SIGINT]
     assert found in (list(range(5)), list(range(6)))
+
+
+UNGUARDED = """
+from lexigram.workers import Workers
+print("once", flush=True)
+with Workers(2) as pool:
+    print(sorted(pool.run(abs, [-1, -2, -3])))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_needs_no_guard(tmp_path: Path) -> None:
+    """Workers do not run it once more, as those of multiprocessing's spawn would."""
+    script = tmp_path / "plain.py"
+    script.write_text(UNGUARDED)
+    ended = subprocess.run(
+        [sys.executable, script], env=with_tests_on_path(), capture_output=True, text=True, check=False, timeout=100
+    )
+    assert ended.stdout.splitlines() == ["once", "[1, 2, 3]"], ended.stderr
+
+
+def two_workers(_task: int) -> list[int]:
+    """The processes that two workers and this one are."""
+    with pytest.warns(UserWarning, match="setting n_jobs=1"), Workers(2) as pool:
+        return sorted({os.getpid(), *pool.run(pid_after, [0.0, 0.0])})
+
+
+def test_where_no_process_may_be_started_tasks_run_in_this_one() -> None:
+    """Daemons may have no children; joblib starts none from threads of its own."""
+    with get_context("fork").Pool(1) as daemons:
+        assert [len(pids) for pids in daemons.map(two_workers, [0])] == [1]
+    assert Parallel(n_jobs=2, backend="threading")([delayed(two_workers)(0)]) == [[os.getpid()]]
 
 
 KILLED_PARENT = """

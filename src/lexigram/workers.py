@@ -26,7 +26,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import torch
-from joblib import Parallel, parallel_config
+from joblib import Parallel, effective_n_jobs, parallel_config
 from joblib.parallel import BatchedCalls, get_active_backend
 
 from lexigram.errors import LexigramError
@@ -57,7 +57,9 @@ class Workers:
     A task has one thread of torch wherever it runs, because sums depend on how many threads share them: so results are the same
     bytes for every `count` and backend, on processors of one kind. One worker of the backend ``loky`` is this process. Its
     other workers hear no Ctrl-C, which a terminal sends to all processes: what it means is for this one to decide. They are
-    those of joblib in this process, so only one such context is open at a time.
+    those of joblib in this process, so only one such context is open at a time, and none are started where joblib starts none:
+    in a daemonic process, or in a thread of another parallel loop; tasks then run in this process, and joblib warns. A script
+    that opens it needs no ``if __name__ == "__main__"``.
 
     Args:
         count: tasks that run at once.
@@ -358,13 +360,19 @@ def _opened(name: Backend, count: int, **options: Any) -> Iterator[Any]:
 
 @contextmanager
 def _open_loky(count: int, address: str | None, patience: float) -> Iterator[_Pool]:
-    if count == 1:
+    if _startable(count) == 1:
         yield _Here()
         return
     resource_tracker.ensure_running()  # else loky starts it among the workers, and it unblocks SIGINT
     options = {"inner_max_num_threads": 1, "initializer": _end_with, "initargs": (os.getpid(),)}
     with _opened("loky", count, **options) as backend:
         yield _Processes(backend, count + AHEAD)
+
+
+def _startable(count: int) -> int:
+    """How many of `count` processes joblib starts here: one, with a warning, in a daemon or a thread of a parallel loop."""
+    with parallel_config(backend="loky"):
+        return int(effective_n_jobs(count))
 
 
 def _end_with(parent: int) -> None:
