@@ -845,7 +845,9 @@ def test_tokens_that_are_there_are_those_of_the_recipe(place: Place) -> None:
         lexigram.plan(recipe, tokens=TokenSequences(read.ids[:3], "a part"))
 
 
-def test_workers_and_the_limit_reach_every_compression(place: Place, prepared: dict[str, Plan]) -> None:
+def test_workers_and_the_limit_reach_every_compression(
+    place: Place, prepared: dict[str, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS)
     assert place.compare(*files, workers=2, ratio=0.4).code == 1  # nothing is compressed here
     assert [plan.way.workers for plan in prepared.values()] == [2, 2]
@@ -858,6 +860,10 @@ def test_workers_and_the_limit_reach_every_compression(place: Place, prepared: d
     prepared.clear()
     lexigram.compare({"low": place.library()}, place.out, place.settings, workers=3)
     assert prepared["low"].way.workers == 3
+    monkeypatch.setattr("lexigram.planning._WORTH_WORKERS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    lexigram.compare({"low": place.library()}, place.out, place.settings)
+    assert prepared["low"].way.workers == 2, "one a core"
     with pytest.raises(LexigramError, match="a memory limit of 1 MiB is too small"):
         lexigram.compare({"low": place.library()}, place.out, place.settings, max_ram=2**20)
 

@@ -143,7 +143,7 @@ def plan(
     recipe: Recipe,
     *,
     cache: str | Path | None = None,
-    workers: int | None = 1,
+    workers: int | None = None,
     max_ram: int | None = None,
     tokens: TokenSequences | None = None,
 ) -> Plan:

@@ -93,7 +93,7 @@ def compare(
     settings: ComparisonSettings,
     *,
     overwrite: bool = False,
-    workers: int | None = 1,
+    workers: int | None = None,
     max_ram: int | None = None,
 ) -> Comparison:
     """Compress one model by several recipes on one calibration, and measure every result.

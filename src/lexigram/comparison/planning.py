@@ -178,7 +178,7 @@ def plan_comparison(
     settings: ComparisonSettings,
     *,
     overwrite: bool = False,
-    workers: int | None = 1,
+    workers: int | None = None,
     max_ram: int | None = None,
 ) -> ComparisonPlan:
     """Plan every row, and find those that an earlier comparison left in `out`; nothing is written.
