@@ -539,7 +539,7 @@ def test_a_windowing_that_cannot_be_is_told_before_a_model_is_opened(
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_leaves_nothing_on_a_screen_where_there_was_none(terminal: bool) -> None:
     """Nor in a file that errors go to."""
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    console = Console(file=io.StringIO(), force_terminal=terminal, force_interactive=terminal, width=100)
     with pytest.raises(lexigram.LexigramError), drawing(console):
         raise lexigram.LexigramError("before the first stage")
     assert console.file.getvalue() == ""

@@ -19,9 +19,10 @@ from lexigram.comparison.planning import ComparisonPlan, ComparisonSettings, Job
 from lexigram.comparison.table import DENSE, Row, perplexity, table
 from lexigram.errors import LexigramError
 from lexigram.memory import parsed
-from lexigram.progress import Bars, drawing
+from lexigram.progress import drawing
 from lexigram.recipe import Recipe
 from lexigram.reporting import tables
+from lexigram.running import Stages
 from lexigram.shown import MACHINE
 from lexigram.training import HealingSettings
 
@@ -205,7 +206,7 @@ def _healing_state(job: Job, healed: Job) -> str:
 
 
 @contextmanager
-def _watched(name: str) -> Iterator[Bars]:
+def _watched(name: str) -> Iterator[Stages]:
     errors.print(name, markup=False, highlight=False)
     with drawing(errors) as bars:
         yield bars
