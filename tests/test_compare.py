@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import sys
@@ -42,6 +43,7 @@ from lexigram.comparison.table import DENSE, Row, difference, figure, markdown, 
 from lexigram.comparison.table import lines as lines_of
 from lexigram.distillation import ObjectiveName
 from lexigram.evaluation.records import evaluated
+from lexigram.methods import Fitted, fit_group
 from lexigram.recipe import Calibration
 from lexigram.runfolder import run_folder
 from lexigram.source import Source
@@ -660,6 +662,25 @@ def test_memory_that_does_not_suffice_for_a_row_ends_no_other(
     assert "memory did not suffice (" in rows["low"]["error"]
     assert says in rows["low"]["error"]
     assert "--workers" in rows["low"]["error"]
+    assert rows["bits"]["error"] is None
+
+
+def test_the_error_of_a_row_names_the_layer_that_could_not_be_fitted(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def diverging(*args: Any) -> Fitted:
+        calls.append(1)
+        if len(calls) == 1:
+            torch.linalg.eigh(torch.full((3, 3), torch.nan))
+        return fit_group(*args)
+
+    monkeypatch.setattr("lexigram.fitting.fit_group", diverging)
+    ended = place.compare(place.recipe("low.yaml", SVD), place.recipe("bits.yaml", BITS), workers=1)
+    assert ended.code == 1
+    rows = {row["label"]: row for row in place.table()["rows"]}
+    assert re.match(r"model\.layers\.\d\.\S+ cannot be compressed: .*failed to converge", rows["low"]["error"])
     assert rows["bits"]["error"] is None
 
 

@@ -954,6 +954,20 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_memory_that_does_not_suffice_is_an_error_and_costs_no_step_that_is_saved(
+    small: Path, words: Path, tmp_path: Path
+) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(LexigramError, match=r"^memory did not suffice \(CUDA out of .*GiB\); .*--checkpointing"):
+        healed(small, tmp_path / "out", quick(words), progress=StopAt(6, full, of="heal"))
+    assert (run_folder(tmp_path / "out") / training.STATE).is_file()
+    healed(small, tmp_path / "out", quick(words), resume=True)
+    healed(small, tmp_path / "whole", quick(words))
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
 def test_a_disk_that_is_full_when_the_result_is_written_costs_no_step(
     small: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from lexigram.calibration.store import GramStore
 from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec, GroupSpec
 from lexigram.factors.indices import INDICES, IndexName, index_prices
+from lexigram.fitting import naming
 from lexigram.linalg.budget import keep_best, project
 from lexigram.linalg.policy_gradient import BernoulliPolicy, sample, started, update
 from lexigram.methods import Budget, CapConfig
@@ -84,7 +85,7 @@ def choose_parts(
     first: dict[str, list[Tensor]] = {}
     with progress.stage("decompose", len(plan.targets)) as step:
         for target in plan.targets:
-            with store.using([target.site]) as grams:
+            with store.using([target.site]) as grams, naming([target.name], "decomposed"):
                 gram = grams[target.site]
                 if not parts.has(target.name):
                     parts.put(target.name, decompose(config, weight(target.name), gram)._asdict())

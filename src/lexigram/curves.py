@@ -30,6 +30,7 @@ from lexigram.calibration.sensitivity import output_sensitivity
 from lexigram.calibration.store import GramStore
 from lexigram.errors import LexigramError
 from lexigram.factors import DenseSpec, GroupSpec
+from lexigram.fitting import OTHERWISE, naming
 from lexigram.gram import Gram
 from lexigram.jsonfiles import read_json, write_json
 from lexigram.methods import (
@@ -155,9 +156,9 @@ class _Sketches:
         name = hashlib.sha256(unit.model_dump_json().encode()).hexdigest()[:32]
         if not self._files.has(name):
             targets = [self._targets[member] for member in unit.members]
-            with self._store.using(target.site for target in targets) as grams:
+            with self._store.using(target.site for target in targets) as grams, naming(unit.members, "sketched"):
                 members = [Member(self._original(target.name), grams[target.site]) for target in targets]
-                fitted = _sketched(self._seed, unit.method, targets, members, unit.spec)
+                fitted = _sketched(self._seed, unit.method, members, unit.spec)
             lost = {
                 target.name: (factor.to_dense() - member.weight.float()).bfloat16()
                 for target, member, (factor, _) in zip(targets, members, fitted.members, strict=True)
@@ -179,7 +180,7 @@ def matched_pairs(
             signals: dict[str, Tensor] = {}
             distances: dict[tuple[str, str], float] = {}
             for target in members:
-                with store.using([target.site]) as grams:
+                with store.using([target.site]) as grams, naming([target.name], "matched"):
                     own = grams[target.site].whitening.whiten(weight(target.name).float())
                 distances |= {(name, target.name): pair_distance(other, own) for name, other in signals.items()}
                 signals[target.name] = own
@@ -210,17 +211,25 @@ def measure_task(plan: Plan, targets: list[Target], weights: list[Tensor], grams
 
 
 def measured_unit(task: MeasureTask) -> Curves:
-    """The curves of one unit, by every variant of the method."""
+    """The curves of one unit, by every variant of the method.
+
+    Raises:
+        LexigramError: as `naming` does, and where an error is no finite number.
+    """
     members = [Member(weight, gram) for weight, gram in zip(task.weights, task.grams, strict=True)]
-    outputs = {
-        target.name: float(member.gram.whitening.whiten(member.weight.float()).square().sum())
-        for target, member in zip(task.targets, members, strict=True)
-    }
-    if task.ranks:
-        found = _ranked(task.method, task.targets, members)
-    else:
-        found = [_curve(task.seed, sketch(method), task.targets, members) for method in variants(task.method)]
-    return Curves(curves=tuple(curve for curve in found if curve.points), outputs=outputs)
+    with naming((target.name for target in task.targets), "ranked" if task.ranks else "measured"):
+        outputs = {
+            target.name: float(member.gram.whitening.whiten(member.weight.float()).square().sum())
+            for target, member in zip(task.targets, members, strict=True)
+        }
+        if task.ranks:
+            found = _ranked(task.method, task.targets, members)
+        else:
+            found = [_curve(task.seed, sketch(method), task.targets, members) for method in variants(task.method)]
+        errors = [error for curve in found for point in curve.points for error in point.errors]
+        if not all(map(math.isfinite, [*outputs.values(), *errors])):
+            raise ValueError(f"not all of its errors are finite; {OTHERWISE}")
+        return Curves(curves=tuple(curve for curve in found if curve.points), outputs=outputs)
 
 
 def _measured(
@@ -261,7 +270,7 @@ def _sha256(content: object) -> str:
 def _curve(seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member]) -> Curve:
     points: dict[int, Point] = {}
     for spec in measured_forms(method, targets):
-        fitted = _sketched(seed, method, targets, members, spec)
+        fitted = _sketched(seed, method, members, spec)
         errors = tuple(report.relative_error**2 for _, report in fitted.members)
         points[spec.bytes] = Point(bytes=spec.bytes, errors=errors)
     return Curve(members=tuple(t.name for t in targets), method=cast(AnyMethod, method), points=tuple(points.values()))
@@ -272,25 +281,17 @@ def _ranked(method: MethodConfig, targets: Sequence[Target], members: Sequence[M
     (target,), (member,) = targets, members
     amounts = [int((1 - ratio) * target.dense_bytes) for ratio in RANKED]
     points: dict[MethodConfig, list[Point]] = {}
-    try:
-        for form in estimates(method, *member, amounts):
-            spec = GroupSpec(members=(form.spec,))
-            points.setdefault(sketch(form.method), []).append(Point(bytes=spec.bytes, errors=(form.error,), spec=spec))
-    except ValueError as error:
-        raise LexigramError(f"{target.name} cannot be ranked: {error}") from error
+    for form in estimates(method, *member, amounts):
+        spec = GroupSpec(members=(form.spec,))
+        points.setdefault(sketch(form.method), []).append(Point(bytes=spec.bytes, errors=(form.error,), spec=spec))
     return [
         Curve(members=(target.name,), method=cast(AnyMethod, quick), points=tuple(each))
         for quick, each in points.items()
     ]
 
 
-def _sketched(
-    seed: int, method: MethodConfig, targets: Sequence[Target], members: Sequence[Member], spec: GroupSpec
-) -> Fitted:
-    try:
-        return fit_group(method, members, spec, torch.Generator().manual_seed(seed))
-    except ValueError as error:
-        raise LexigramError(f"{' + '.join(t.name for t in targets)} cannot be measured: {error}") from error
+def _sketched(seed: int, method: MethodConfig, members: Sequence[Member], spec: GroupSpec) -> Fitted:
+    return fit_group(method, members, spec, torch.Generator().manual_seed(seed))
 
 
 def _sensitivity(

@@ -15,9 +15,9 @@ from lexigram.allocation.units import Unit
 from lexigram.calibration.gram import collecting
 from lexigram.calibration.layerwise import LayerRunner
 from lexigram.curves import measure_task, measured_unit
-from lexigram.fitting import FitTask, fitted
+from lexigram.fitting import LESS_MEMORY, FitTask, fitted, naming
 from lexigram.gram import Gram
-from lexigram.memory import BATCH_TOKENS
+from lexigram.memory import BATCH_TOKENS, memory_told
 from lexigram.methods.base import chooses, decompose, trials
 from lexigram.planning import SENSITIVITY_SEQUENCES, Plan
 from lexigram.targets import Target, decoder_layers
@@ -36,11 +36,12 @@ _SECONDS = 3.0
 T = TypeVar("T")
 
 
+@memory_told(LESS_MEMORY)
 def estimated_seconds(prepared: Plan) -> dict[str, float]:
     """Of every stage that takes long; none where nothing inside of the decoder layers is compressed.
 
     Raises:
-        LexigramError: for weights that cannot be read.
+        LexigramError: for weights that cannot be read, memory that does not suffice, and matrices that cannot be fitted.
     """
     frame, weights = prepared.source.opened(prepared.device)
     alike = _alike(prepared)
@@ -104,7 +105,8 @@ def _fits(prepared: Plan, members: list[Target], weights: Weights, grams: list[G
     with Workers() as here:
         if chooses(recipe.method):
             split = [lambda: decompose(recipe.method, own[0], grams[0])]
-            return 0.0, _timed(lambda: list(here.run(_call, split)))[0]
+            with naming([members[0].name], "decomposed"):
+                return 0.0, _timed(lambda: list(here.run(_call, split)))[0]
         spec = form_at(recipe.method, members, recipe.ratio)
         a_fit = 0.0
         if spec is not None:

@@ -1,6 +1,9 @@
 """One unit to fit, with all that this takes: what travels to a worker, and what comes back."""
 
 import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +12,15 @@ from torch import Tensor
 from lexigram.allocation.units import Unit
 from lexigram.errors import LexigramError
 from lexigram.gram import Gram
-from lexigram.methods import Fitted, Member, fit_group
+from lexigram.memory import short_of_memory
+from lexigram.methods import FitReport, Fitted, Member, fit_group
 from lexigram.methods.base import Candidates, assemble
+
+LESS_MEMORY = "free some, or take fewer --workers, a smaller --max-ram or --device cpu"
+"""What helps a run that memory does not suffice for."""
+
+OTHERWISE = "take more calibration tokens (--sequences), another --method, or leave it out with --exclude"
+"""What helps where the numbers of a unit misbehave."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,52 @@ def fitted(task: Task) -> tuple[Unit, Fitted]:
     """The unit of a task and its factors.
 
     Raises:
-        LexigramError: naming the unit, where it cannot be fitted.
+        LexigramError: as `naming` does, and where a number of the report is not finite.
+    """
+    with naming(task.unit.members, "compressed"):
+        found = task.fitted()
+        for name, (_, report) in zip(task.unit.members, found.members, strict=True):
+            _check_finite(name, report)
+        return task.unit, found
+
+
+@contextmanager
+def naming(members: Iterable[str], what: str) -> Iterator[None]:
+    """Turn what a unit fails by into an error that names it; what nobody can mend stays as it is.
+
+    Args:
+        members: of the unit.
+        what: cannot be done with it: "compressed".
+
+    Raises:
+        LexigramError: for a ValueError, linear algebra that finds no solution, and memory that does not suffice.
     """
     try:
-        return task.unit, task.fitted()
-    except ValueError as error:
-        raise LexigramError(f"{' + '.join(task.unit.members)} cannot be compressed: {error}") from error
+        yield
+    except (ValueError, MemoryError, RuntimeError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise LexigramError(f"{' + '.join(members)} cannot be {what}: {reason}") from error
+
+
+def _check_finite(name: str, report: FitReport) -> None:
+    """Refuse numbers that JSON does not have, and with them values that stand for nothing."""
+    numbers = [("relative error", report.relative_error), *report.details.items()]
+    for key, value in [*numbers, *(("objective", value) for value in report.objective)]:
+        if not math.isfinite(value):
+            raise ValueError(f"the {key} of {name} is {value}; {OTHERWISE}")
+
+
+def _reason(error: Exception) -> str | None:
+    """What an error says, with what helps; None for what nobody can mend."""
+    short = short_of_memory(error)
+    if short is not None:
+        return f"{short}; {LESS_MEMORY}"
+    said = " ".join(str(error).split())
+    if isinstance(error, torch.linalg.LinAlgError):
+        return f"{said.rstrip('.')}; {OTHERWISE}"
+    return said if isinstance(error, ValueError) else None
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -31,7 +31,7 @@ from lexigram.errors import LexigramError
 from lexigram.factors import Factor, Leaf, TrainableLeaf
 from lexigram.folders import lies_in
 from lexigram.headers import read_metadata
-from lexigram.memory import peak_memory_bytes
+from lexigram.memory import memory_told, peak_memory_bytes
 from lexigram.recording import file_hashes, folder_sha256, other_files, tensor_hashes
 from lexigram.records import HealingRecord, RunRecord, machine, read_run, versions
 from lexigram.runfolder import MANIFEST, finished, opened, recover, run_folder
@@ -49,6 +49,7 @@ _DECIDES_NOTHING = frozenset({"save_every", "checkpointing", "compute_dtype", "t
 """Settings that change no byte of the result, or that are told better: the dtype that was taken, the hash of the text."""
 
 
+@memory_told("free some, or take --checkpointing, a smaller --batch or --length, or --device cpu")
 def heal(
     folder: str | Path,
     out: str | Path,
@@ -81,8 +82,8 @@ def heal(
 
     Raises:
         LexigramError: for a folder that is damaged, another original, too little text, an unfinished training of other
-            settings, a loss that is not finite before anything became better, and whatever else the user can mend; `out` is
-            then as it was.
+            settings, a loss that is not finite before anything became better, memory that does not suffice, and whatever
+            else the user can mend; `out` is then as it was.
         KeyboardInterrupt: after Ctrl-C; the step that was being made is finished and kept.
     """
     folder, out, progress = Path(folder).expanduser(), Path(out), progress or Silent()

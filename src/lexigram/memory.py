@@ -1,4 +1,4 @@
-"""How much memory a run takes: predicted before it is taken, kept under a limit, and measured.
+"""How much memory a run takes: predicted before it is taken, kept under a limit, measured, and said where it was too little.
 
 What is predicted is the peak of a process that holds one decoder layer and, unless they wait in files, the hidden states of all
 calibration tokens. The terms are sizes of tensors that exist at once; the factors in front of some were measured.
@@ -8,9 +8,11 @@ import ctypes
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from lexigram.errors import LexigramError
 
@@ -31,6 +33,9 @@ _SHORT = 0.2
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""In what torch says where memory did not suffice: that of a GPU, that of the CPU, on Windows, to the libraries of CUDA."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,31 @@ def parsed(size: str) -> int:
 def shown(size: int) -> str:
     """A size in MiB."""
     return f"{size / 2**20:,.0f} MiB"
+
+
+def short_of_memory(error: Exception) -> str | None:
+    """What to say of an error that memory did not suffice; None for any other."""
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    ):
+        return None
+    return f"memory did not suffice ({' '.join(str(error).split())[:200] or type(error).__name__})"
+
+
+@contextmanager
+def memory_told(remedy: str) -> Iterator[None]:
+    """Turn memory that does not suffice into an error with this remedy; any other error stays as it is.
+
+    Raises:
+        LexigramError: where it does not suffice.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        short = short_of_memory(error)
+        if short is None:
+            raise
+        raise LexigramError(f"{short}; {remedy}") from error
 
 
 def resident_bytes() -> int:

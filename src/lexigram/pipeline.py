@@ -27,10 +27,10 @@ from lexigram.choice import choose_parts
 from lexigram.curves import decide
 from lexigram.errors import LexigramError
 from lexigram.factors import Factor, FactorSpec, empty
-from lexigram.fitting import AssembleTask, FitTask, Task, fitted
+from lexigram.fitting import LESS_MEMORY, AssembleTask, FitTask, Task, fitted
 from lexigram.gram import Gram
 from lexigram.interruption import deferred
-from lexigram.memory import release
+from lexigram.memory import memory_told, release
 from lexigram.methods import Fitted
 from lexigram.methods.base import chooses, decomposition_key, trials
 from lexigram.planning import Plan, plan
@@ -50,6 +50,7 @@ from lexigram.workers import Workers
 ALLOCATION_FILE = "allocation.json"
 
 
+@memory_told(LESS_MEMORY)
 def compress(
     recipe: Recipe,
     out: str | Path,

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lexigram.calibration.tokens import TokenSequences
 from lexigram.comparison.earlier import HASHED, MODELS, ROWS, origin_file
 from lexigram.comparison.planning import (
@@ -33,6 +31,7 @@ from lexigram.errors import LexigramError
 from lexigram.evaluation.records import evaluated
 from lexigram.healing import heal
 from lexigram.jsonfiles import read_json, write_json, write_text
+from lexigram.memory import memory_told
 from lexigram.pipeline import compress, sampled
 from lexigram.planning import Plan
 from lexigram.recipe import Recipe
@@ -70,8 +69,7 @@ CALIBRATION = "calibration"
 Watch = Callable[[str], AbstractContextManager[Stages]]
 """Asked for somebody to tell the progress of a row, by its name, or of the calibration."""
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-"""In what torch says where memory did not suffice: that of a GPU, that of the CPU, on Windows, to the libraries of CUDA."""
+_LESS_MEMORY = "free some, or take fewer --workers, a smaller --max-ram or --context"
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def run_comparison(
     out, jobs = prepared.out, _calibrated(prepared, watch)
     dense = prepared.dense
     if dense is None:
-        with watch(DENSE) as progress, _memory_told():
+        with watch(DENSE) as progress, memory_told(_LESS_MEMORY):
             dense = _dense_row(prepared, progress)
         tell(dense)
     if prepared.hashed is not None:
@@ -155,21 +153,6 @@ def run_comparison(
     return Comparison(rows, _written(prepared, rows))
 
 
-@contextmanager
-def _memory_told() -> Iterator[None]:
-    """Turn memory that did not suffice into a LexigramError; any other error is none that a user could mend."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not memory and not any(text in str(error) for text in _NO_MEMORY):
-            raise
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise LexigramError(
-            f"memory did not suffice ({said}); free some, or take fewer --workers, a smaller --max-ram or --context"
-        ) from error
-
-
 # ------------------------------------------------------------------------------------------------------- calibration, rows
 
 
@@ -185,7 +168,7 @@ def _calibrated(prepared: ComparisonPlan, watch: Watch) -> list[Job]:
             return job
         try:
             if job.seed not in samples:
-                with watch(CALIBRATION) as progress, _memory_told():
+                with watch(CALIBRATION) as progress, memory_told(_LESS_MEMORY):
                     samples[job.seed] = sampled(job.plan, job.plan.source.model(job.plan.device), progress)
             return planned(job, prepared.planner(job.recipe, tokens=samples[job.seed]))
         except LexigramError as error:
@@ -222,7 +205,7 @@ def _row(prepared: ComparisonPlan, job: Job, of: Job, failed: Sequence[Row], wat
     if failed and not of.kept:
         return of.failed(f"{failed[0].label} failed: {failed[0].error}")
     try:
-        with watch(of.name) as progress, _memory_told():
+        with watch(of.name) as progress, memory_told(_LESS_MEMORY):
             if not of.kept and of.heals is None:
                 _compress(prepared, job, of.plan, progress)
             elif not of.kept and of.heals is not None:

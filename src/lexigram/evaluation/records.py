@@ -14,11 +14,13 @@ from lexigram.calibration.tokens import token_ids
 from lexigram.errors import LexigramError
 from lexigram.evaluation.perplexity import evaluate
 from lexigram.evaluation.sizes import bits_per_weight, stored_bytes
+from lexigram.memory import memory_told
 from lexigram.records import versions
 from lexigram.running import Progress
 from lexigram.transformers_io import open_model
 
 
+@memory_told("free some, or take a smaller --context or --device cpu")
 def evaluated(
     model: str,
     texts: Sequence[str],
