@@ -611,7 +611,7 @@ def test_an_export_is_written_whole_or_not_at_all(
     command: Command, at: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert command(*compress("--include", "q_proj")(at)).code == 0
-    _made(at.tmp / "taken")
+    _file(_made(at.tmp / "taken") / "precious.txt", "mine")
     before = contents(at.tmp)
 
     def full(_self: object, folder: Path, **_options: object) -> None:
@@ -622,9 +622,55 @@ def test_an_export_is_written_whole_or_not_at_all(
         patch.setattr(PreTrainedModel, "save_pretrained", full)
         ended = command("export", at.tmp / "out", "--dense", at.tmp / "dense")
     assert re.search("dense could not be written: No space left on device; nothing was left there", ended.error)
-    for target, says in (("taken", "taken exists"), ("out/run.json/deep", "is a file, so .* cannot be made in it")):
+    for target, says in (
+        ("taken", "taken exists and is not empty"),
+        ("out/run.json/deep", "is a file, so .* cannot be made in it"),
+    ):
         assert re.search(says, command("export", at.tmp / "out", "--dense", at.tmp / target).error)
     assert contents(at.tmp) == before
+
+
+def test_an_export_replaces_what_compress_would(
+    command: Command, at: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, dense = at.tmp / "out", _made(at.tmp / "dense")
+    assert command(*compress("--include", "q_proj")(at)).code == 0
+    export = ("export", small, "--dense", dense)
+    assert command(*export).code == 0  # an empty folder
+    first = contents(at.tmp)
+    assert sorted(json.loads((dense / "export.json").read_text())["files"]) == sorted(p.name for p in dense.iterdir())
+    assert "dense exists and is not empty; name another folder, or replace it with" in command(*export).error
+
+    def full(_self: object, folder: Path, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        assert "No space left" in command(*export, "--overwrite").error
+    assert contents(at.tmp) == first
+    assert command(*export, "--dtype", "bfloat16", "--overwrite").code == 0
+    stored = load_file(dense / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert {path.name for path in at.tmp.iterdir()} == {"out", "dense"}
+
+    _file(dense / "notes.txt", "mine")
+    before = contents(at.tmp)
+    assert "dense holds notes.txt, which lexigram did not write" in command(*export, "--overwrite").error
+    assert "which has to stay as it is" in command("export", small, "--dense", small / "dense").error
+    assert contents(at.tmp) == before
+
+
+@pytest.mark.parametrize("run_file", ["run.json", "export.json"])
+@pytest.mark.parametrize("content", ['{"files": ["precious.txt"]}', '{"lexigram": "1", "files": 5}', "{", "[]"])
+def test_an_export_leaves_alone_what_lexigram_did_not_write(
+    run_file: str, content: str, command: Command, at: SimpleNamespace
+) -> None:
+    _file(_made(at.tmp / "dense") / "precious.txt", "mine")
+    _file(at.tmp / "dense" / run_file, content)
+    before = contents(at.tmp)
+    ended = command("export", at.stories, "--dense", at.tmp / "dense", "--overwrite")
+    assert (ended.code, contents(at.tmp)) == (1, before)
+    assert re.search(r"dense holds (precious\.txt|export\.json), which lexigram did not write", ended.error)
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "below a file"])

@@ -15,6 +15,9 @@ from lexigram.errors import LexigramError
 RUN_FILE = "run.json"
 """Its presence marks a folder as written by us."""
 
+EXPORT_FILE = "export.json"
+"""The same of an ordinary checkpoint, which is no result of a run."""
+
 REPLACED = ".replaced-"
 """In the name of a folder with an earlier result that is about to be replaced."""
 
@@ -155,17 +158,23 @@ def flush(file: Path) -> None:
 
 
 def _foreign_files(folder: Path) -> list[str]:
-    """What lies in `folder` and is not listed in a run.json of ours; other software uses that file name too."""
-    try:
-        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    files = content.get("files", []) if isinstance(content, dict) and "lexigram" in content else []
+    """What lies in `folder` and is not listed in a record of ours; other software uses such file names too."""
+    files = _listed(folder / RUN_FILE) + _listed(folder / EXPORT_FILE)
     named = {PurePosixPath(name) for name in files if isinstance(name, str)} - {PurePosixPath()}
     ours = named.union(*(name.parents for name in named))
     paths = (PurePosixPath(path.relative_to(folder).as_posix()) for path in folder.rglob("*"))
     # Earlier versions named a folder for the files in it.
     return sorted(str(path) for path in paths if path not in ours and named.isdisjoint(path.parents))
+
+
+def _listed(record: Path) -> list[str]:
+    """The files that a record of ours names; none where it is not ours."""
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    files = content.get("files") if isinstance(content, dict) and "lexigram" in content else None
+    return files if isinstance(files, list) else []
 
 
 def _usual_modes(folder: Path) -> None:

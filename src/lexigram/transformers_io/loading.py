@@ -2,6 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lexigram.errors import LexigramError
-from lexigram.folders import CONFIG, REMEDY, Frugal, check_config, opening, printable, read_config
+from lexigram.folders import CONFIG, REMEDY, Frugal, check_config, opening, paths_in, printable, read_config
 from lexigram.headers import read_headers
-from lexigram.jsonfiles import read_json
+from lexigram.jsonfiles import read_json, write_json
 from lexigram.source import Source, check_loaded
-from lexigram.staging import staged
+from lexigram.staging import EXPORT_FILE, check_outside, check_target, staged
 from lexigram.transformers_io import quantizer
 from lexigram.transformers_io.linear import factored_layers
 from lexigram.weights import check_finite
@@ -116,22 +117,34 @@ def _weight_files(folder: Path, named: Any) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def export_dense(path: str | Path, out: str | Path, dtype: torch.dtype | str = "auto") -> None:
+def export_dense(
+    path: str | Path, out: str | Path, dtype: torch.dtype | str = "auto", *, overwrite: bool = False
+) -> None:
     """Write the compressed model in `path` as an ordinary checkpoint with dense weights, and its tokenizer if it has one.
 
+    Args:
+        path: of the compressed model.
+        out: a folder that does not exist, is empty, or (with `overwrite`) holds an earlier result of ours. What is written
+            there, `export.json` lists.
+        dtype: of the weights; ``auto`` for the compressed model's own.
+        overwrite: replace such a result.
+
     Raises:
-        LexigramError: as `load` does, and where `out` exists.
+        LexigramError: as `load` does, and where `out` may not be written; it is then as it was.
     """
-    if Path(out).exists():
-        raise LexigramError(f"{out} exists; name a new folder")
+    check_target(Path(out), overwrite=overwrite)
     path = os.path.expanduser(path)
+    if Path(path).is_dir():
+        check_outside(Path(path), Path(out))
     model = load(path, dtype=dtype, dense=True)
     has_tokenizer = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
     tokenizer = Source(path, path).tokenizer() if has_tokenizer else None  # its errors are not those of writing
-    with staged(Path(out)) as folder:
+    with staged(Path(out), overwrite=overwrite) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        files = sorted({EXPORT_FILE, *paths_in(folder)})
+        write_json(folder / EXPORT_FILE, {"lexigram": version("lexigram"), "model": str(path), "files": files})
 
 
 def open_model(
