@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import Command, toy_folder
 from lexigram import estimation
 from lexigram.estimation import estimated_seconds
 from lexigram.planning import plan
 from lexigram.recipe import Recipe
+from lexigram.source import Source
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,22 @@ def test_mistakes_are_told(options: list[str], says: str, command: Command, toy:
     said = command("plan", toy, "--method", "svd", "-c", words, "--sequences", 8, "--length", 32, *options)
     assert said.code != 0
     assert re.search(says, said.error), said.error
+
+
+def test_buffers_that_a_checkpoint_holds_are_not_compressed(
+    toy: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = plan(recipe(toy, words)).uncompressed_bytes, Source.skeleton
+
+    def with_buffers(source: Source) -> Any:
+        skeleton = real(source)
+        skeleton.register_buffer("scale", torch.ones(5))
+        skeleton.register_buffer("places", torch.arange(3))
+        skeleton.register_buffer("passing", torch.ones(99), persistent=False)
+        return skeleton
+
+    monkeypatch.setattr(Source, "skeleton", with_buffers)
+    assert plan(recipe(toy, words)).uncompressed_bytes == before + 5 * 2 + 3 * 8
 
 
 @pytest.mark.parametrize(

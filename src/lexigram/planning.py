@@ -330,14 +330,13 @@ def _check_tokens(tokens: TokenSequences, sequences: int, length: int) -> None:
 
 def _uncompressed_bytes(recipe: Recipe, skeleton: PreTrainedModel, targets: list[Target]) -> int:
     """Of everything but the target weights, in the dtype that it will be stored in; a tied weight counts once."""
-    compressed = {f"{target.name}.weight" for target in targets}
-    tied = set(skeleton.all_tied_weights_keys)
-    count = sum(
-        parameter.numel()
-        for name, parameter in skeleton.named_parameters(remove_duplicate=False)
-        if name not in compressed and name not in tied
+    left_out = {f"{target.name}.weight" for target in targets} | set(skeleton.all_tied_weights_keys)
+    stored = getattr(torch, recipe.dtype)
+    return sum(
+        tensor.numel() * (stored if tensor.is_floating_point() else tensor.dtype).itemsize
+        for name, tensor in skeleton.state_dict().items()
+        if name not in left_out
     )
-    return count * getattr(torch, recipe.dtype).itemsize
 
 
 def _compared(recipe: Recipe, weights: int) -> int:
