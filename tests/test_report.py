@@ -281,12 +281,13 @@ def test_the_plan_has_a_row_a_form_and_the_bytes_of_its_layers() -> None:
         Unit(members=(name,), method=SvdConfig(), spec=GroupSpec(members=(low_rank((64, 32), rank),)))
         for name, rank in zip(NAMES, (5, 7, 5), strict=True)
     ]
-    _, five, seven, everything, bits, rest = cells(tables.plan_table(plan_of(units, 3_264)))
+    _, five, seven, everything, bits, rest, model = cells(tables.plan_table(plan_of(units, 3_264)))
     assert five == ["2", "q_proj", "64x32", "rank 5", "8.2 kB", "1.9 kB"]
     assert seven == ["1", "q_proj", "64x32", "rank 7", "4.1 kB", "1.3 kB"]
     assert everything == ["3", "all", "", "", "12.3 kB", "3.3 kB"]
     assert bits == ["", "bits a weight", "", "", "16.00", "4.25"]
     assert rest == ["", "rest", "", "bfloat16", "1.0 kB", "1.0 kB"]
+    assert model == ["", "model", "", "", "13.3 kB", "4.3 kB"]
 
 
 def test_the_plan_counts_what_layers_share_in_a_row_of_its_own() -> None:
@@ -310,7 +311,7 @@ def test_the_plan_counts_what_layers_share_in_a_row_of_its_own() -> None:
 
 
 def test_a_plan_that_waits_for_the_grams_says_so() -> None:
-    _, queries, everything, _, rest = cells(tables.plan_table(plan_of(None, 9_830)))
+    _, queries, everything, _, rest, _ = cells(tables.plan_table(plan_of(None, 9_830)))
     assert queries == ["3", "q_proj", "64x32", "by the Grams", "12.3 kB", ""]
     assert everything == ["3", "all", "", "", "12.3 kB", "9.8 kB"]
     assert rest == ["", "rest", "", "bfloat16", "1.0 kB", "1.0 kB"]

@@ -54,7 +54,9 @@ def plan_table(plan: Plan) -> Table:
     table.add_row(
         "", "bits a weight", "", "", *(f"{8 * b / weights:.2f}" for b in (plan.bytes_before, plan.bytes_after))
     )
-    table.add_row("", "rest", "", plan.recipe.dtype, size(plan.uncompressed_bytes), size(plan.uncompressed_bytes))
+    rest = plan.uncompressed_bytes
+    table.add_row("", "rest", "", plan.recipe.dtype, size(rest), size(rest))
+    table.add_row("", "model", "", "", *(size(b + rest) for b in (plan.bytes_before, plan.bytes_after)))
     return table
 
 
