@@ -1,5 +1,6 @@
 """The options that are made of fields: all are there, each reaches its field, and the help tells what the models hold."""
 
+import itertools
 import operator
 import re
 import sys
@@ -20,6 +21,7 @@ from lexigram.cli.fields import choices, marked, value_type
 from lexigram.cli.options import PANELS, SOLVERS, Option
 from lexigram.cli.recipes import OPTIONS
 from lexigram.methods import METHODS, PRESETS
+from lexigram.recipe import AMOUNTS
 from lexigram.shown import BUDGET, FORM, Shown
 
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -227,6 +229,8 @@ def within(field: FieldInfo, value: float) -> bool:
 
 def another(field: FieldInfo) -> Any:
     """A value of a field that is not its default."""
+    if field is Recipe.model_fields["size"]:
+        return "4GB"
     kind, words = value_type(field), [word for word in (marked(field).metavar or "").split("|") if word.islower()]
     if kind is bool:
         return not field.default
@@ -265,7 +269,13 @@ def test_every_option_reaches_its_field_and_no_other(
     }.get(owner, (given.method, before.method))
     assert getattr(part, key) == value != getattr(was, key)
     assert part.model_fields.keys() == was.model_fields.keys()
-    implied = {"group": {"share"}, "seed": {"calibration"}, "accounting": {"method"}}.get(key, set())
+    implied = {
+        "group": {"share"},
+        "seed": {"calibration"},
+        "accounting": {"method"},
+        "bits": {"ratio"},
+        "size": {"ratio"},
+    }.get(key, set())
     changed = {other for other in type(part).model_fields if getattr(part, other) != getattr(was, other)}
     assert changed - (implied if owner == "recipe" else set()) == {key}
 
@@ -276,13 +286,39 @@ def test_options_that_are_not_given_leave_a_recipe_file_as_it_is(asked: Callable
         Recipe(model="demo", method=METHODS["quantize"](symmetric=True, clip=False, value_bits=3), include=("q_proj",)),
         Recipe(model="demo", method=METHODS["svd"](plain=True), share="consecutive", group=4, seed=7),
         Recipe(model="demo", sequential=True, correction=0.5, dtype="float32", exclude=("*.mlp.*",)),
+        Recipe(model="demo", bits=4.25),
+        Recipe(model="demo", size="4GB"),
     ]
     for recipe in recipes:
         file = tmp_path / "recipe.yaml"
         file.write_text(recipe.to_yaml(), encoding="utf-8")
         assert asked("--recipe", file) == recipe
-        changed = recipe.model_copy(update={"ratio": 0.75})
+        changed = recipe.model_copy(update={**dict.fromkeys(AMOUNTS), "ratio": 0.75})
         assert asked("--recipe", file, "--ratio", 0.75) == changed
+
+
+@pytest.mark.parametrize(("own", "given"), itertools.permutations(AMOUNTS, 2))
+def test_an_option_for_an_amount_stands_in_place_of_whichever_a_recipe_file_has(
+    own: str, given: str, asked: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    values = {"ratio": 0.75, "bits": 4.25, "size": "4GB"}
+    file = tmp_path / "recipe.yaml"
+    for text in (f"{own}: {values[own]}\n", Recipe.parse({"model": "demo", own: values[own]}).to_yaml()):
+        file.write_text(text, encoding="utf-8")
+        wanted = {**dict.fromkeys(AMOUNTS), given: values[given]}
+        assert {key: getattr(asked("--recipe", file, f"--{given}", values[given]), key) for key in AMOUNTS} == wanted
+        kept = {**dict.fromkeys(AMOUNTS), own: values[own]}
+        assert {key: getattr(asked("--recipe", file), key) for key in AMOUNTS} == kept
+
+
+def test_several_amounts_on_the_command_line_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("size: 4GB\n", encoding="utf-8")
+    for recipe in ((), ("--recipe", file)):
+        said = refused(*recipe, "--ratio", 0.5, "--bits", 4)
+        assert said.endswith(": ratio 0.5 and bits 4.0 each say how much is to be left; give one of them")
+    assert refused("--bits", 16) == "--bits is 16.0; it should be less than 16"
+    assert refused("--size", "plenty") == "--size is 'plenty'; it should be a size such as 4GB, 800MB or 2GiB"
 
 
 def test_an_option_may_be_repeated(asked: Callable[..., Recipe]) -> None:

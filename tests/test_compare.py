@@ -224,6 +224,33 @@ def test_a_recipe_keeps_its_ratio_where_none_is_given(place: Place) -> None:
     assert [(row["label"], row["requested_ratio"]) for row in rows] == [("dense", None), ("low", 0.2), ("bits", 0.4)]
 
 
+def test_amounts_of_every_kind_are_compared_at_their_ratios_and_at_any_other(place: Place) -> None:
+    low, bits = place.recipe("low.yaml", SVD), place.recipe("bits.yaml", f"{SVD}bits: 8\n")
+    size = place.recipe("size.yaml", f"{SVD}size: 195kB\n")
+    ended = place.compare(low, bits, size)
+    assert ended.code == 0, ended.err
+    found = {row["label"]: row for row in place.table()["rows"]}
+    assert [found[name]["requested_ratio"] for name in ("low", "bits")] == [0.2, 0.5]
+    assert found["bits"]["bits_per_weight"] <= 8
+    assert found["size"]["run"]["model_bytes_after"] <= 195_000
+    assert found["size"]["requested_ratio"] == found["size"]["run"]["requested_ratio"]
+    assert "there already" in place.compare(low, bits, size).out
+
+    assert place.compare(bits, size, ratio=[0.3], out=place.folder / "other").code == 0
+    rows = json.loads((place.folder / "other" / "table.json").read_text())["rows"]
+    assert [row["requested_ratio"] for row in rows] == [None, 0.3, 0.3]
+    assert rows[1]["bytes_after"] == rows[2]["bytes_after"]
+
+
+def test_a_size_that_cannot_be_had_is_a_row(place: Place) -> None:
+    low, size = place.recipe("low.yaml", SVD), place.recipe("size.yaml", f"{SVD}size: 10kB\n")
+    ended = place.compare(low, size)
+    assert ended.code == 1
+    assert "size cannot be made: a size of 10kB is too small" in ended.out
+    [_, _, row] = place.table()["rows"]
+    assert row["requested_ratio"] is None
+
+
 def test_seeds_give_means_and_spreads(place: Place) -> None:
     ended = place.compare(place.recipe("low.yaml", "method: {name: svd}"), ratio=[0.5], seeds=[0, 1])
     assert ended.code == 0, ended.err

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexigram
+from conftest import toy_folder
 from lexigram import CospadiConfig, LexigramError, Plan, Recipe, RunRecord, SvdConfig, compress, plan
 from lexigram.allocation.units import Allocation
 from lexigram.methods import METHODS
@@ -471,6 +472,67 @@ def test_load_and_from_pretrained_agree_and_evaluate_compares_with_the_original(
     assert near.tokens == far.tokens == 4 * 255
     assert 0 < near.kl < far.kl
     assert 1 > near.top1_agreement > far.top1_agreement > 0
+
+
+@pytest.fixture(scope="session")
+def toy_recipe(
+    recipe: Callable[..., Recipe], words: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Recipe]:
+    """A recipe for one of the toys, by its name."""
+    folder = tmp_path_factory.mktemp("toys")
+
+    def build(name: str, method: str, **changes: Any) -> Recipe:
+        if not (folder / name).exists():
+            toy_folder(folder / name, name)
+        calibration = {"text": [str(words)], "sequences": 8, "length": 32}
+        return recipe(method, model=str(folder / name), calibration=calibration, **changes)
+
+    return build
+
+
+TOYS_SMALLER = pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("svd", {}),
+        ("cospadi", {"share": "site", "options": INT8}),
+        ("wanda", {}),
+        ("svd", {"allocation": "knapsack"}),
+        ("cap", {}),
+    ],
+    ids=["low rank", "shared dictionaries", "pruned", "knapsack", "chosen"],
+)
+"""Forms that the recipe decides, with and without shared parts, and forms that the Grams decide."""
+
+
+@TOYS_SMALLER
+def test_bits_and_a_size_come_to_the_bytes_of_the_ratio_that_they_are(
+    method: str, changes: dict[str, Any], toy_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    record = compress(toy_recipe("llama", method, ratio=1 - 6.25 / 16, **changes), tmp_path / "ratio")
+    wanted = (tmp_path / "ratio" / WEIGHTS).read_bytes()
+    uncompressed = record.model_bytes_after - record.bytes_after
+    for key, value in {"bits": 6.25, "size": str(uncompressed + record.bytes_before * 25 // 64)}.items():
+        found = compress(toy_recipe("llama", method, ratio=None, **{key: value}, **changes), tmp_path / key)
+        assert (tmp_path / key / WEIGHTS).read_bytes() == wanted
+        assert found.requested_ratio == pytest.approx(record.requested_ratio, abs=1e-5)
+        assert (found.recipe["ratio"], found.recipe[key]) == (None, value)
+    again = Recipe.parse(Recipe.read(tmp_path / "size" / "recipe.yaml"))
+    compress(again, tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == wanted
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@TOYS_SMALLER
+def test_a_size_is_never_exceeded_and_nearly_used(
+    name: str, method: str, changes: dict[str, Any], toy_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    wanted = toy_recipe(name, method, ratio=None, size="100kB", **changes)
+    record = compress(wanted, tmp_path / "out")
+    tensors = file_tensors(tmp_path / "out" / WEIGHTS)
+    assert 95_000 < record.model_bytes_after == sum(map(len, tensors.values())) <= 100_000
+    dense = sum(2 * values.numel() for values in load_file(Path(wanted.model) / "model.safetensors").values())
+    assert record.model_bytes_before == dense
+    assert record.requested_ratio == pytest.approx((dense - 100_000) / record.bytes_before)
 
 
 class Recorder:

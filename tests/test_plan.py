@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import Command, toy_folder
-from lexigram import estimation
+from lexigram import LexigramError, estimation
 from lexigram.estimation import estimated_seconds
 from lexigram.planning import plan
 from lexigram.recipe import Recipe
@@ -48,6 +48,22 @@ def test_the_command_says_memory_disk_and_time_and_writes_nothing(
         (["--max-ram", "20MiB"], r"a memory limit of 20 MiB is too small: at least .* give --max-ram \d+MiB"),
         (["--max-ram", "plenty"], "'plenty' is no size of memory"),
         (["--ratio", "1.5"], "ratio"),
+        (
+            ["--size", "10kB"],
+            r"a size of 10kB is too small: what is not compressed takes 0\.052 MB by itself; give",
+        ),
+        (
+            ["--size", "1GB"],
+            r"a size of 1GB is no less than the 0\.199 MB that the model takes uncompressed; give a",
+        ),
+        (
+            ["--size", "52000"],
+            r"size 52000 is a ratio of 0\.99\d+ here: .*q_proj .* at ratio .* too small: .*; lower the ratio",
+        ),
+        (
+            ["--bits", "0.01"],
+            r"0\.01 bits a weight is a ratio of 0\.999375 here: .*q_proj .* too small: .*; lower the ratio",
+        ),
         (["-c", "nowhere.txt"], "nowhere.txt"),
     ],
 )
@@ -55,6 +71,41 @@ def test_mistakes_are_told(options: list[str], says: str, command: Command, toy:
     said = command("plan", toy, "--method", "svd", "-c", words, "--sequences", 8, "--length", 32, *options)
     assert said.code != 0
     assert re.search(says, said.error), said.error
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "svd, shared": {"share": "consecutive"},
+    "cospadi": {"method": {"name": "cospadi"}},
+    "cospadi, shared": {"method": {"name": "cospadi"}, "share": "site"},
+    "wanda": {"method": {"name": "wanda"}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bits", [2.5, 4.25, 4.1, 9.6])
+def test_bits_are_a_ratio_of_sixteen(form: str, bits: float, toy: Path, words: Path) -> None:
+    found = plan(recipe(toy, words, bits=bits, **FORMS[form]))
+    assert found.ratio == 1 - bits / 16
+    assert found.allocation == plan(recipe(toy, words, ratio=1 - bits / 16, **FORMS[form])).allocation
+    assert 8 * found.bytes_after <= bits * sum(target.weight_count for target in found.targets)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_size_is_what_is_not_compressed_and_the_rest_of_it(
+    name: str, dtype: str, words: Path, tmp_path: Path
+) -> None:
+    folder = toy_folder(tmp_path / "model", name)
+    whole = plan(recipe(folder, words, dtype=dtype))
+    for share in (0.2, 0.5, 0.9):
+        left = round(share * whole.bytes_before)
+        found = plan(recipe(folder, words, dtype=dtype, size=str(whole.uncompressed_bytes + left)))
+        assert found.ratio == pytest.approx(1 - share, abs=1e-4)
+        assert 0.93 * left < found.bytes_after <= left  # a rank more is 4 % of a matrix of 64 x 128 at .2
+    for outside in (0, whole.bytes_before):
+        with pytest.raises(LexigramError, match="; give a s"):
+            plan(recipe(folder, words, dtype=dtype, size=str(whole.uncompressed_bytes + outside)))
 
 
 def test_buffers_that_a_checkpoint_holds_are_not_compressed(
@@ -71,6 +122,31 @@ def test_buffers_that_a_checkpoint_holds_are_not_compressed(
 
     monkeypatch.setattr(Source, "skeleton", with_buffers)
     assert plan(recipe(toy, words)).uncompressed_bytes == before + 5 * 2 + 3 * 8
+
+
+def test_a_replayed_allocation_keeps_to_the_bits_that_are_asked_for(toy: Path, words: Path, tmp_path: Path) -> None:
+    made = plan(recipe(toy, words, bits=5)).allocation
+    assert made is not None
+    file = tmp_path / "allocation.json"
+    file.write_text(made.model_dump_json())
+    assert plan(recipe(toy, words, bits=5, allocation=str(file))).allocation == made
+    with pytest.raises(
+        LexigramError, match=r"allocation\.json takes \d+ bytes, and 4 bits a weight leaves \d+; name another"
+    ):
+        plan(recipe(toy, words, bits=4, allocation=str(file)))
+
+
+def test_the_plan_says_what_was_asked_for_and_what_the_model_will_take(
+    command: Command, toy: Path, words: Path
+) -> None:
+    options = "--method", "svd", "-c", words, "--sequences", 8, "--length", 32
+    for given, said in ((("--bits", 8), "ratio 0.5 for 8 bits a weight"), (("--size", "120kB"), "for size 120kB")):
+        shown = command("plan", toy, *options, *given)
+        assert shown.code == 0
+        assert said in " ".join(shown.out.split())
+    found = re.search(r"│ +│ model +│ +│ +│ 199\.3 kB │ (1\d\d\.\d) kB │", shown.out)
+    assert found
+    assert 115 < float(found[1]) <= 120
 
 
 @pytest.mark.parametrize(

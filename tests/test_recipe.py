@@ -74,7 +74,6 @@ def recipes(**changes: Any) -> st.SearchStrategy[Recipe]:
     return st.builds(
         Recipe,
         model=st.sampled_from(["demo", "owner/name", "./folder: with # signs", "ünï 'quoted'"]),
-        ratio=st.floats(0.01, 0.99),
         calibration=st.builds(
             Calibration,
             text=st.lists(st.sampled_from(["self", "demo", "a.txt", "null", "1", "yes"]), min_size=1).map(tuple),
@@ -82,7 +81,7 @@ def recipes(**changes: Any) -> st.SearchStrategy[Recipe]:
         ),
         include=st.lists(st.sampled_from(["q_proj", "*.mlp.*"])).map(tuple),
         seed=st.integers(0, 2**40),
-        **changes,
+        **{"ratio": st.floats(0.01, 0.99), **changes},
     )
 
 
@@ -99,6 +98,8 @@ FILES = st.sampled_from(["knapsack", "uniform", "a/allocation.json", "null", "1"
         recipes(method=LOW_RANK | FREE, share=st.just("consecutive"), group=st.integers(2, 9), allocation=FILES),
         recipes(method=LOW_RANK | FREE, share=st.sampled_from(["matched", "site"]), allocation=FILES),
         recipes(method=OTHERS | FREE, sequential=st.booleans(), correction=st.floats(0, 1)),
+        recipes(method=OTHERS | FREE, ratio=st.none(), bits=st.floats(0.01, 15.99)),
+        recipes(method=OTHERS | FREE, ratio=st.none(), size=st.sampled_from(["4GB", "1.5 gib", "2e9", "12345"])),
         recipes(method=LOW_RANK | FREE, share=st.just("site"), sequential=st.booleans()),
         recipes(method=CHOOSING, allocation=st.sampled_from(["global", "uniform", "a/allocation.json"])),
         recipes(method=CHOOSING, accounting=st.sampled_from(["bytes", "paper"])),
@@ -201,6 +202,25 @@ def test_merging_leaves_what_it_is_given_as_it_was() -> None:
     assert content == before
 
 
+@pytest.mark.parametrize(
+    ("content", "ratio", "bits", "size", "said"),
+    [
+        ({}, 0.2, None, None, "ratio 0.2"),
+        ({"ratio": None}, 0.2, None, None, "ratio 0.2"),
+        ({"ratio": 0.75, "bits": None}, 0.75, None, None, "ratio 0.75"),
+        ({"bits": 4.25}, None, 4.25, None, "4.25 bits a weight"),
+        ({"ratio": None, "size": "4GB"}, None, None, "4GB", "size 4GB"),
+        ({"size": 4_000_000_000}, None, None, "4000000000", "size 4000000000"),
+    ],
+)
+def test_a_recipe_has_one_amount(
+    content: dict[str, Any], ratio: float | None, bits: float | None, size: str | None, said: str
+) -> None:
+    recipe = Recipe.parse({"model": "m", **content})
+    assert (recipe.ratio, recipe.bits, recipe.size, recipe.amount) == (ratio, bits, size, said)
+    assert Recipe.parse(recipe.model_dump()) == recipe
+
+
 def test_a_preset_beside_another_method_is_refused_and_wins_over_a_recipes_method() -> None:
     with pytest.raises(LexigramError, match=r"--preset fast is a solver of cospadi; leave it out for the method svd"):
         merged({}, preset="fast", method={"name": "svd"})
@@ -231,6 +251,25 @@ def test_a_single_name_needs_no_list() -> None:
         ({"ratio": 0}, "ratio is 0; it should be greater than 0"),
         ({"ratio": float("nan")}, "ratio is nan; it should be "),
         ({"ratio": "much"}, "ratio is 'much'; it should be a valid number"),
+        ({"bits": 0}, "bits is 0; it should be greater than 0"),
+        ({"bits": 16}, "bits is 16; it should be less than 16"),
+        ({"bits": float("nan")}, "bits is nan; it should be "),
+        ({"size": "4 apples"}, "size is '4 apples'; it should be a size such as 4GB, 800MB or 2GiB"),
+        ({"size": -5}, "size is -5; it should be a size such as 4GB"),
+        ({"size": True}, "size is True; it should be a valid string"),
+        (
+            {"ratio": 0.2, "size": "4GB"},
+            "ratio 0.2 and size 4GB each say how much is to be left; give one of them",
+        ),
+        (
+            {"ratio": 0.3, "bits": 4, "size": 10**9},
+            "ratio 0.3 and bits 4.0 and size 1000000000 each say how much is to be left; give one of them",
+        ),
+        (
+            {"accounting": "paper", "bits": 4.25},
+            "the accounting `paper` counts parameters, and bits and size count stored bytes; leave the accounting out, or give",
+        ),
+        ({"accounting": "paper", "size": "4GB"}, "the accounting `paper` counts parameters, and bits and size count"),
         ({"method": {"name": "cospadi", "rho": 0.5}}, "method.rho is 0.5; it should be greater than or equal to 1"),
         (
             {"method": {"name": "cospadi", "coding": "OMP"}},

@@ -263,6 +263,7 @@ def plan_of(units: list[Unit] | None, bytes_after: int) -> Plan:
     allocation = None if units is None else Allocation(units=tuple(units))
     plan = SimpleNamespace(
         recipe=Recipe(model="[m]"),
+        ratio=0.2,
         targets=targets,
         allocation=allocation,
         specs={} if allocation is None else allocation.specs,

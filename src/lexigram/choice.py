@@ -93,7 +93,7 @@ def choose_parts(
             step()
     generator = torch.Generator().manual_seed(recipe.seed)
     groups = [[target] for target in plan.targets] if recipe.allocation == UNIFORM else [plan.targets]
-    policies, budgets = [], [budget(members, recipe.ratio, recipe.accounting) for members in groups]
+    policies, budgets = [], [budget(members, plan.ratio, recipe.accounting) for members in groups]
     for members, whole in zip(groups, budgets, strict=True):
         tensors = [tensor for target in members for tensor in first.pop(target.name)]
         allowed, costs = _prices(config, members, whole)

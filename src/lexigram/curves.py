@@ -118,7 +118,7 @@ def decide(
         groups = matched_pairs(plan.targets, weight, store, progress)
     recipe = plan.recipe
     if recipe.allocation == UNIFORM:
-        return uniform(groups, targets, recipe.method, recipe.ratio, recipe.accounting)
+        return uniform(groups, targets, recipe.method, plan.ratio, recipe.accounting)
     file = _file(plan, groups, store)
     # Beside it and not in a folder, which one run could remove while another with the same cache writes there.
     units = {tuple(names): file.with_name(f"{file.stem}-{_sha256(names)[:16]}.json") for names in groups}
@@ -126,7 +126,7 @@ def decide(
     if recipe.measure == "loss" and not curves.sensitivity:
         curves = curves.model_copy(update={"sensitivity": _sensitivity(plan, model, ids, progress, streaming)})
     _keep_all(file, curves, units.values())
-    amount = budget(plan.targets, recipe.ratio, "bytes").amount
+    amount = budget(plan.targets, plan.ratio, "bytes").amount
     offered = offers(curves, recipe.method, groups, targets, recipe.measure)
     if recipe.refine:
         sketches = _Sketches(plan, weight, store, file.with_name(f"{file.stem}-sketches"))

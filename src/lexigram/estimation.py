@@ -107,7 +107,7 @@ def _fits(prepared: Plan, members: list[Target], weights: Weights, grams: list[G
             split = [lambda: decompose(recipe.method, own[0], grams[0])]
             with naming([members[0].name], "decomposed"):
                 return 0.0, _timed(lambda: list(here.run(_call, split)))[0]
-        spec = form_at(recipe.method, members, recipe.ratio)
+        spec = form_at(recipe.method, members, prepared.ratio)
         a_fit = 0.0
         if spec is not None:
             unit = Unit(members=tuple(target.name for target in members), method=recipe.method, spec=spec)

@@ -4,6 +4,7 @@ is raised here, before any work.
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from lexigram.devices import forward_dtype, resolve_device
 from lexigram.errors import LexigramError
 from lexigram.factors import LONGEST, FactorSpec
 from lexigram.folders import CONFIG
-from lexigram.memory import PLANNING, Needs, Way, available_bytes, chosen_way, peak_memory_bytes, resident_bytes
+from lexigram.memory import (
+    PLANNING,
+    Needs,
+    Way,
+    available_bytes,
+    chosen_way,
+    parsed,
+    peak_memory_bytes,
+    resident_bytes,
+)
 from lexigram.methods.base import chooses, couples, trials
 from lexigram.recipe import GLOBAL, KNAPSACK, SELF, UNIFORM, Recipe
 from lexigram.source import Source
@@ -52,6 +62,8 @@ class Plan:
     """What a run will do. Sizes are stored bytes."""
 
     recipe: Recipe
+    ratio: float
+    """The share of `bytes_before` to remove, in whichever way the recipe says it."""
     source: Source
     targets: list[Target]
     groups: list[tuple[str, ...]] | None
@@ -96,7 +108,7 @@ class Plan:
     def bytes_after(self) -> int:
         """Of the same layers' factors; where the Grams decide about them, the most that they may take."""
         if self.allocation is None:
-            amount = budget(self.targets, self.recipe.ratio, "bytes").amount
+            amount = budget(self.targets, self.ratio, "bytes").amount
             uncounted = self.recipe.accounting == "paper" and chooses(
                 self.recipe.method
             )  # masks, and what fills up a byte
@@ -159,7 +171,7 @@ def plan(
         tokens: the calibration, where it is there already from this recipe's text and seed, read or sampled before.
 
     Raises:
-        LexigramError: for a model, pattern, text, device or ratio that will not do, a memory limit that is too small, or
+        LexigramError: for a model, pattern, text, device, ratio or size that will not do, a memory limit that is too small, or
             tokens of another size than the recipe's.
     """
     start = time.perf_counter()
@@ -178,7 +190,9 @@ def plan(
                 f"{target.name} has the shape {target.shape} by {CONFIG}, more than {LONGEST} rows or columns; check the model"
             )
     groups = _groups(recipe, skeleton, targets)
-    allocation = _allocation(recipe, targets, groups)
+    uncompressed_bytes = _uncompressed_bytes(recipe, skeleton, targets)
+    ratio = _ratio(recipe, targets, uncompressed_bytes)
+    allocation = _allocation(recipe, ratio, targets, groups)
     length = _length(recipe, config)
     if tokens is not None:
         _check_tokens(tokens, recipe.calibration.sequences, length)
@@ -200,6 +214,7 @@ def plan(
     )
     return Plan(
         recipe=recipe,
+        ratio=ratio,
         source=source,
         targets=targets,
         groups=groups,
@@ -207,7 +222,7 @@ def plan(
         cache=None if cache is None else Path(cache),
         length=length,
         tokens=tokens,
-        uncompressed_bytes=_uncompressed_bytes(recipe, skeleton, targets),
+        uncompressed_bytes=uncompressed_bytes,
         way=way,
         memory=memory,
         room=room,
@@ -271,26 +286,86 @@ def _groups(recipe: Recipe, skeleton: PreTrainedModel, targets: list[Target]) ->
     return groups
 
 
-def _allocation(recipe: Recipe, targets: list[Target], groups: list[tuple[str, ...]] | None) -> Allocation | None:
+def _ratio(recipe: Recipe, targets: list[Target], uncompressed_bytes: int) -> float:
+    """The share of the targets' bytes to remove, in whichever way the recipe says it.
+
+    Raises:
+        LexigramError: for a size that what is not compressed exceeds, or that the whole model does not.
+    """
+    before = sum(target.dense_bytes for target in targets)
+    if recipe.bits is not None:
+        return 1 - recipe.bits / (8 * before / sum(target.weight_count for target in targets))
+    if recipe.size is None:
+        assert recipe.ratio is not None, "a recipe has one of AMOUNTS"
+        return recipe.ratio
+    left = parsed(recipe.size) - uncompressed_bytes
+    if left <= 0:
+        raise LexigramError(
+            f"a size of {recipe.size} is too small: what is not compressed takes {uncompressed_bytes / 1e6:.3f} MB by itself; "
+            "give a size above that, or compress more layers by include and exclude"
+        )
+    if left >= before:
+        raise LexigramError(
+            f"a size of {recipe.size} is no less than the {(uncompressed_bytes + before) / 1e6:.3f} MB that the model takes "
+            "uncompressed; give a smaller one"
+        )
+    return 1 - left / before
+
+
+def _allocation(
+    recipe: Recipe, ratio: float, targets: list[Target], groups: list[tuple[str, ...]] | None
+) -> Allocation | None:
+    """Every unit's form where no Gram decides about it, and else None.
+
+    Raises:
+        LexigramError: for a file that will not do, and a ratio that is too large; in the words of the recipe, too.
+    """
     by_name = {target.name: target for target in targets}
     if recipe.allocation not in (UNIFORM, KNAPSACK, GLOBAL):
-        replayed = Allocation.read(Path(recipe.allocation))
-        replayed.check({name: target.shape for name, target in by_name.items()})
-        for unit in replayed.units:
-            if recipe.sequential and len({by_name[name].layer for name in unit.members}) > 1:
-                raise LexigramError(
-                    f"sequential calibration needs a layer's factors before the next layer is run, and {recipe.allocation} "
-                    f"lets {' and '.join(unit.members)} share; leave one of the two out"
-                )
-        return replayed
+        return _replayed(recipe, ratio, by_name)
+    try:
+        return _allocated(recipe, ratio, by_name, groups)
+    except LexigramError as error:
+        if recipe.ratio is not None:
+            raise
+        raise LexigramError(f"{recipe.amount} is a ratio of {ratio:.6g} here: {error}") from error
+
+
+def _replayed(recipe: Recipe, ratio: float, targets: Mapping[str, Target]) -> Allocation:
+    """The allocation in the file that a recipe names.
+
+    Raises:
+        LexigramError: as reading and checking it do; where it does not go with sequential calibration, or takes more than the
+            bits or the size that are asked for.
+    """
+    replayed = Allocation.read(Path(recipe.allocation))
+    replayed.check({name: target.shape for name, target in targets.items()})
+    for unit in replayed.units:
+        if recipe.sequential and len({targets[name].layer for name in unit.members}) > 1:
+            raise LexigramError(
+                f"sequential calibration needs a layer's factors before the next layer is run, and {recipe.allocation} "
+                f"lets {' and '.join(unit.members)} share; leave one of the two out"
+            )
+    # A ratio may be nothing but the default, and the file wins over it.
+    if recipe.ratio is None and replayed.bytes > (most := budget(list(targets.values()), ratio, "bytes").amount):
+        raise LexigramError(
+            f"the allocation {recipe.allocation} takes {replayed.bytes} bytes, and {recipe.amount} leaves {most}; name another "
+            "file, or leave one of the two out"
+        )
+    return replayed
+
+
+def _allocated(
+    recipe: Recipe, ratio: float, targets: Mapping[str, Target], groups: list[tuple[str, ...]] | None
+) -> Allocation | None:
     if groups is None or recipe.by_curves or chooses(recipe.method):
-        amount = budget(targets, recipe.ratio, recipe.accounting).amount
+        amount = budget(list(targets.values()), ratio, recipe.accounting).amount
         if groups is not None and recipe.by_curves:
             # The last ones are ranked and not counted on: what is ranked may be some bytes larger than it was to be.
             ratios = MEASURED if recipe.allocation == KNAPSACK else RANKED[:-1]
-            check_reach(recipe.method, [[by_name[name] for name in names] for names in groups], amount, ratios)
+            check_reach(recipe.method, [[targets[name] for name in names] for names in groups], amount, ratios)
         return None
-    return uniform(groups, by_name, recipe.method, recipe.ratio, recipe.accounting)
+    return uniform(groups, targets, recipe.method, ratio, recipe.accounting)
 
 
 def _length(recipe: Recipe, config: Any) -> int:

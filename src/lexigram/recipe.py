@@ -10,12 +10,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from lexigram.allocation.uniform import Accounting
 from lexigram.errors import LexigramError
+from lexigram.memory import parsed
 from lexigram.methods import METHODS, PRESETS, AnyMethod, CospadiConfig, QuantizeConfig
 from lexigram.methods.base import chooses, couples, ranks, shares
 from lexigram.shown import CALIBRATION, FORM, MACHINE, Shown
 
 SELF = "self"
 """The calibration text that is sampled from the model itself."""
+
+AMOUNTS = ("ratio", "bits", "size")
+"""The keys that say how much is to be left, each in its own way; a recipe has one of them."""
 
 UNIFORM, KNAPSACK, GLOBAL = "uniform", "knapsack", "global"
 """The allocations that are made here; any other name is a file to replay."""
@@ -39,6 +43,17 @@ BOS = "Begin every sequence of a text with the tokenizer's BOS token; models lik
 """Of a field, wherever text is read."""
 
 
+def _size(value: Any) -> Any:
+    """A size as text, which a file may also hold as a number of bytes; what is neither is left to pydantic."""
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        try:
+            parsed(text)
+        except LexigramError:
+            raise ValueError("it should be a size such as 4GB, 800MB or 2GiB") from None
+    return text
+
+
 class Calibration(BaseModel):
     """Which text the Grams are taken on; `self` stands alone."""
 
@@ -60,7 +75,9 @@ class Calibration(BaseModel):
 class Recipe(BaseModel):
     """Everything that decides the bytes of the result.
 
-    With the accounting `paper`, `ratio` is of parameters. `matched` pairs are those of GeoPair. `sequential` calibration moves
+    One of `ratio`, `bits` and `size` says how much is to be left; where none does, `ratio` has its default, and beside another
+    one it is None. All three are kept in the same way: never more bytes than asked, and as close as the form allows. With the
+    accounting `paper`, `ratio` is of parameters. `matched` pairs are those of GeoPair. `sequential` calibration moves
     a layer's weights by the share `correction` of the way to where they would make up best for the layers before: the whole
     way follows the calibration text too closely. `seed` drives the method, the calibration has its own.
     """
@@ -74,8 +91,19 @@ class Recipe(BaseModel):
     method: Annotated[AnyMethod, Shown(option=False)] = Field(
         default=CospadiConfig(), description="How layers are made smaller."
     )
-    ratio: Annotated[float, Shown(short="-r")] = Field(
+    ratio: Annotated[float | None, Shown(short="-r")] = Field(
         default=0.2, gt=0, lt=1, description="Share of the compressed layers' stored bytes to remove."
+    )
+    bits: Annotated[float | None, Shown(none="by the ratio")] = Field(
+        default=None,
+        gt=0,
+        lt=16,
+        description="Instead of a ratio: stored bits for each weight of the compressed layers, at most, of 16 before.",
+    )
+    size: Annotated[str | None, BeforeValidator(_size), Shown(metavar="SIZE", none="by the ratio")] = Field(
+        default=None,
+        description="Instead of a ratio: bytes of all tensors of the result, at most, such as 4GB; what is not compressed "
+        "counts too.",
     )
     accounting: Accounting = Field(default="bytes", description="Count bytes, or parameters as the paper does.")
     share: Annotated[Literal["none", "consecutive", "matched", "site"], Shown(FORM)] = Field(
@@ -131,6 +159,16 @@ class Recipe(BaseModel):
     )
 
     @model_validator(mode="after")
+    def _one_amount(self) -> "Recipe":
+        given = [key for key in AMOUNTS if key in self.model_fields_set and getattr(self, key) is not None]
+        if len(given) > 1:
+            said = " and ".join(f"{key} {getattr(self, key)}" for key in given)
+            raise ValueError(f"{said} each say how much is to be left; give one of them")
+        own = self.ratio or type(self).model_fields["ratio"].default
+        object.__setattr__(self, "ratio", own if self.bits is None and self.size is None else None)
+        return self
+
+    @model_validator(mode="after")
     def _paper_stores_14_bits(self) -> "Recipe":
         """The paper's accounting is exact in bytes for 14-bit coefficients and bfloat16 only (`methods.cospadi`)."""
         papers = {"value_bits": 14, "dictionary_bits": 16}
@@ -179,6 +217,11 @@ class Recipe(BaseModel):
             )
         if self.allocation == GLOBAL and not (chooses(self.method) or ranks(self.method)):
             raise ValueError(f"the allocation global is not for {self.method.name}; take uniform, knapsack or a file")
+        if self.accounting == "paper" and self.ratio is None:
+            raise ValueError(
+                "the accounting `paper` counts parameters, and bits and size count stored bytes; leave the accounting out, or "
+                "give a ratio"
+            )
         if self.accounting == "paper" and isinstance(self.method, QuantizeConfig):
             raise ValueError("the accounting `paper` counts values, and quantisation removes none; leave it out")
         if self.accounting == "paper" and self.by_curves:
@@ -195,6 +238,13 @@ class Recipe(BaseModel):
         if self.share != "consecutive" and self.group != 2:
             raise ValueError(f"share {self.share!r} takes no group; leave group out, or share consecutive")
         return self
+
+    @property
+    def amount(self) -> str:
+        """How much is to be left, as it was asked for."""
+        if self.bits is not None:
+            return f"{self.bits:g} bits a weight"
+        return f"ratio {self.ratio:g}" if self.size is None else f"size {self.size}"
 
     @property
     def by_curves(self) -> bool:
@@ -251,7 +301,8 @@ def merge(
 ) -> Recipe:
     """Options over the preset over a recipe's content over defaults; an option that is None was not given.
 
-    A seed is an option for the method and for the calibration, unless that is given its own.
+    A seed is an option for the method and for the calibration, unless that is given its own. An option for one of `AMOUNTS`
+    stands in place of whichever of them the content has.
 
     Args:
         content: of a recipe file, as `Recipe.read` gives it; may be empty.
@@ -266,6 +317,8 @@ def merge(
         LexigramError: for a preset of another method, and as `Recipe.parse` does.
     """
     method, calibration, settings = _given(method), _given(calibration), _given(settings)
+    if any(key in settings for key in AMOUNTS):
+        content = {key: value for key, value in content.items() if key not in AMOUNTS}
     if "group" in settings:
         settings.setdefault("share", "consecutive")
     if "seed" in settings:

@@ -120,7 +120,7 @@ def run_record(
         calibration_source=tokens.source,
         calibration_sha256=tokens.sha256,
         calibration_tokens=tokens.ids.numel(),
-        requested_ratio=recipe.ratio,
+        requested_ratio=prepared.ratio,
         bytes_before=prepared.bytes_before,
         model_bytes_before=weighed["model_bytes_after"] - weighed["bytes_after"] + prepared.bytes_before,
         source_file_bytes=prepared.source.file_bytes(),

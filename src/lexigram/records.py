@@ -158,10 +158,10 @@ class RunRecord(_Part):
 
     Sizes are stored bytes, file headers aside; `bytes_*` of the compressed layers (bfloat16 before), `model_bytes_*` of the
     whole model. `weights_sha256` is of the compressed layers' weights as they were loaded, in the model's order. `ratio` is
-    the share of `bytes_before` that was removed, `requested_ratio` what was asked for, `bits_per_weight` the stored bits of
-    the compressed layers over their weights. `peak_memory_bytes` is that of
-    this process, `workers_peak_memory_bytes` of the largest of its workers, `predicted_memory_bytes` what the plan said of all
-    of them. `files` lists the paths of what the run wrote, in its folder; nothing else there is ever removed. Results of
+    the share of `bytes_before` that was removed, `requested_ratio` what was asked for, or what the bits or the size that were
+    asked for come to, `bits_per_weight` the stored bits of the compressed layers over their weights. `peak_memory_bytes` is
+    that of this process, `workers_peak_memory_bytes` of the largest of its workers, `predicted_memory_bytes` what the plan said
+    of all of them. `files` lists the paths of what the run wrote, in its folder; nothing else there is ever removed. Results of
     earlier versions name a folder for the files in it.
 
     `tensors_sha256` holds the hash of every stored tensor (`lexigram.headers.tensor_sha256`), `files_sha256` that of every

@@ -29,6 +29,7 @@ EXAMPLES = (
     "lexigram compress Qwen/Qwen3-0.6B --out smaller --ratio 0.3 --calibration c4.jsonl",
     "lexigram compress ./model --out low-rank --method svd --ratio 0.2 --calibration text.txt",
     "lexigram compress ./model --out four-bits --method quantize --value-bits 4 --calibration text.txt",
+    "lexigram compress ./model --out fitting --size 4GB --method lowrank-sparse --calibration text.txt",
     "lexigram compress ./model --out spent --ratio 0.5 --allocation knapsack --cache kept --calibration text.txt",
 )
 

@@ -27,7 +27,7 @@ from lexigram.errors import LexigramError
 from lexigram.evaluation.perplexity import check_windowing
 from lexigram.jsonfiles import check_writable
 from lexigram.planning import Plan, plan
-from lexigram.recipe import BOS, GLOBAL, KNAPSACK, UNIFORM, Names, Recipe
+from lexigram.recipe import AMOUNTS, BOS, GLOBAL, KNAPSACK, UNIFORM, Names, Recipe
 from lexigram.runfolder import held_bytes
 from lexigram.running import check_context
 from lexigram.shown import BUDGET, CALIBRATION, EVALUATION, MACHINE, Shown
@@ -109,7 +109,6 @@ class Job:
 
     name: str
     recipe_name: str
-    ratio: float
     seed: int
     recipe: Recipe
     plan: Plan | None = None
@@ -121,6 +120,11 @@ class Job:
     other: str | None = None
     heals: HealingSettings | None = None
     healed: "Job | None" = None
+
+    @property
+    def ratio(self) -> float | None:
+        """What is asked for; None where the recipe says it in another way, which takes a plan to tell."""
+        return self.recipe.ratio if self.plan is None else self.plan.ratio
 
     @property
     def waits(self) -> bool:
@@ -323,7 +327,7 @@ def _job(recipe: Recipe, stem: str, ratio: float | None, seed: int | None, heals
     own = _changed(recipe, stem, ratio, seed)
     ending = [*([] if ratio is None else [f"{ratio:g}"]), *([] if seed is None else [f"seed{seed}"])]
     job, healed = (
-        Job(name="-".join([name, *ending]), recipe_name=name, ratio=own.ratio, seed=own.calibration.seed, recipe=own)
+        Job(name="-".join([name, *ending]), recipe_name=name, seed=own.calibration.seed, recipe=own)
         for name in (stem, f"{stem}{HEALED}")
     )
     return job if heals is None else replace(job, healed=replace(healed, heals=heals))
@@ -332,7 +336,7 @@ def _job(recipe: Recipe, stem: str, ratio: float | None, seed: int | None, heals
 def _changed(recipe: Recipe, name: str, ratio: float | None, seed: int | None) -> Recipe:
     content = recipe.model_dump()
     if ratio is not None:
-        content["ratio"] = ratio
+        content |= {**dict.fromkeys(AMOUNTS), "ratio": ratio}
     if seed is not None:
         content["calibration"] = {**content["calibration"], "seed": seed}
     return Recipe.parse(content, where=name)

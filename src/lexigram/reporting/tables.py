@@ -87,8 +87,10 @@ def duration(seconds: float) -> str:
 
 def _plan_title(plan: Plan) -> str:
     """The model, the method and the ratio asked for, and what comes of it where the forms stop short of that."""
-    wanted, found = plan.recipe.ratio, 1 - plan.bytes_after / plan.bytes_before
+    wanted, found = plan.ratio, 1 - plan.bytes_after / plan.bytes_before
     title = f"{escape(plan.recipe.model)}: {plan.recipe.method.name} at ratio {wanted:g}"
+    if plan.recipe.ratio is None:
+        title += f" for {plan.recipe.amount}"
     return title if found < wanted + _NEAR else f"{title}, reaching {found:.3f}"
 
 
@@ -227,9 +229,8 @@ def comparison_plan_table(plan: ComparisonPlan) -> Table:
         table.add_column(column, justify="right" if column in ("ratio", "bits a weight") else "left")
     table.add_row(comparison.DENSE, "", "", "", "there already" if plan.dense else "to evaluate")
     for job in plan.jobs:
-        table.add_row(
-            escape(job.name), job.recipe.method.name, f"{job.recipe.ratio:g}", _planned_bits(job), _state(job)
-        )
+        ratio = "" if job.ratio is None else f"{job.ratio:g}"
+        table.add_row(escape(job.name), job.recipe.method.name, ratio, _planned_bits(job), _state(job))
     return table
 
 
