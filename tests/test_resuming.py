@@ -472,11 +472,11 @@ def test_what_is_on_disk_already_is_not_asked_for_again(
 def test_an_earlier_result_that_goes_back_makes_no_room(tmp_path: Path) -> None:
     kept, replaced = run_folder(tmp_path / "out") / "kept", run_folder(tmp_path / "out") / f".out{REPLACED}x" / "out"
     replaced.mkdir(parents=True)
-    assert held_bytes(tmp_path / "out") == 0
+    assert held_bytes(run_folder(tmp_path / "out")) == 0
     for file in (kept, replaced / "weights"):
         file.write_bytes(bytes(10))
-    assert held_bytes(tmp_path / "out") == 10
-    assert held_bytes(tmp_path / "other") == 0
+    assert held_bytes(run_folder(tmp_path / "out")) == 10
+    assert held_bytes(run_folder(tmp_path / "other")) == 0
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from lexigram.planning import Plan, plan
 from lexigram.recipe import Recipe
 from lexigram.recording import Ledger, run_record, unit_record
 from lexigram.records import RunRecord, Stopwatch, read_run, versions
-from lexigram.runfolder import RunFolder, finished, held_bytes, opened, recover
+from lexigram.runfolder import RunFolder, finished, held_bytes, opened, recover, run_folder
 from lexigram.running import Silent, Stages, counted
 from lexigram.shards import FileTensor
 from lexigram.staging import RUN_FILE, check_space, check_target, staged
@@ -95,7 +95,7 @@ def compress(
         watch.credit("plan", prepared.seconds)
     with watch.stage("plan"):
         prepared = prepared or plan(recipe, cache=cache)
-        there = held_bytes(out) if resume else 0
+        there = held_bytes(run_folder(out)) if resume else 0
         check_target(out, overwrite=overwrite, needed_bytes=prepared.disk_bytes - there)
     with watch.stage("load"):
         frame, weights = prepared.source.opened(prepared.device)
@@ -259,7 +259,8 @@ class _Work:
         missing = store.missing(sites)
         if self.prepared.cache is not None:
             needed = sum(self.prepared.gram_bytes[site] for site in missing)
-            check_space({self.kept.folder: self.prepared.disk_bytes, store.folder: needed})
+            own = self.prepared.disk_bytes - held_bytes(self.kept.folder)
+            check_space({self.kept.folder: own, store.folder: needed})
         with self.progress.stage("calibrate", len(sites)) as step:
             for _ in sites - missing:
                 step()

@@ -139,9 +139,8 @@ def run_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.unfinished")
 
 
-def held_bytes(out: Path) -> int:
-    """On disk of an unfinished run that is to become `out`: of use to one that goes on, or removed by it."""
-    folder = run_folder(out)
+def held_bytes(folder: Path) -> int:
+    """On disk of an unfinished run in its `run_folder`: of use to one that goes on, or removed by it."""
     files = (path for path in folder.rglob("*") if path.is_file())
     # An earlier result that was to be replaced goes back to its place, and frees nothing.
     return sum(file.stat().st_size for file in files if REPLACED not in str(file.relative_to(folder)))

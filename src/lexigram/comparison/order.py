@@ -302,7 +302,9 @@ def _drop(out: Path, name: str) -> None:
                 shutil.rmtree(file)
             else:
                 file.unlink(missing_ok=True)
-        folder.rmdir()
+        inside = {parent for file in files for parent in file.parents if folder in parent.parents}
+        for each in (*sorted(inside, reverse=True), folder):
+            each.rmdir()
 
 
 def _kept(out: Path, row: Row) -> Row:

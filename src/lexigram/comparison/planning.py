@@ -28,7 +28,7 @@ from lexigram.evaluation.perplexity import check_windowing
 from lexigram.jsonfiles import check_writable
 from lexigram.planning import Plan, plan
 from lexigram.recipe import AMOUNTS, BOS, GLOBAL, KNAPSACK, UNIFORM, Names, Recipe
-from lexigram.runfolder import held_bytes
+from lexigram.runfolder import held_bytes, run_folder
 from lexigram.running import check_context
 from lexigram.shown import BUDGET, CALIBRATION, EVALUATION, MACHINE, Shown
 from lexigram.source import Source
@@ -430,7 +430,7 @@ def _disk_bytes(job: Job, out: Path) -> dict[str, int]:
     """What the models of a job take that are to be made, by their names, beside what is there of them."""
     if job.plan is None:
         return {}
-    found = {job.name: job.plan.disk_bytes - held_bytes(out / MODELS / job.name)} if job.compresses else {}
+    found = {job.name: job.plan.disk_bytes - held_bytes(run_folder(out / MODELS / job.name))} if job.compresses else {}
     if job.healed is not None and job.healed.waits:
         found[job.healed.name] = job.plan.uncompressed_bytes + job.plan.bytes_after
     return found
