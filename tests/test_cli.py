@@ -63,13 +63,15 @@ QUICK: dict[str, tuple[object, ...]] = {
 }
 """Options that save time; a method that is not here runs with its defaults."""
 
+ALONE = {"double-sparse", "lowrank-sparse", "structured"}  # in their forms
 OTHERS = sorted(METHODS.keys() - {"cospadi", "svd", "quantize"})
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        *(("llama", method) for method in ("cospadi", "svd", *OTHERS)),
+        *(("llama", method) for method in ("cospadi", "svd", *sorted(ALONE))),
+        *(pytest.param("llama", method, marks=pytest.mark.slow) for method in OTHERS if method not in ALONE),
         *(
             pytest.param(name, method, marks=pytest.mark.slow)
             for name in ("qwen3", "gemma3", "gpt2")

@@ -495,8 +495,8 @@ TOYS_SMALLER = pytest.mark.parametrize(
     [
         ("svd", {}),
         ("cospadi", {"share": "site", "options": INT8}),
-        ("wanda", {}),
-        ("svd", {"allocation": "knapsack"}),
+        pytest.param("wanda", {}, marks=pytest.mark.slow),
+        pytest.param("svd", {"allocation": "knapsack"}, marks=pytest.mark.slow),
         ("cap", {}),
     ],
     ids=["low rank", "shared dictionaries", "pruned", "knapsack", "chosen"],
