@@ -1,5 +1,6 @@
 """Text to token batches: files, the demo text, hub data sets, windows, sampling from the model."""
 
+import gzip
 import hashlib
 import json
 import struct
@@ -90,6 +91,10 @@ def test_a_bad_json_line_is_named(tmp_path: Path, line: str, complaint: str) -> 
         ("empty.jsonl", b'{"text": ""}\n', "holds no text"),
         ("latin.txt", b"caf\xe9", "not UTF-8: byte 3 is 0xe9"),
         ("book.pdf", b"%PDF", r"suffix '\.pdf'"),
+        ("book.pdf.gz", b"%PDF", r"suffix '\.pdf'"),
+        ("plain.txt.gz", b"plain", r"cannot be unpacked: Not a gzipped file.*; fetch or write it again"),
+        ("short.txt.gz", gzip.compress(b"words " * 99)[:-9], "cannot be unpacked: Compressed file ended before"),
+        ("latin.txt.gz", gzip.compress(b"caf\xe9"), "not UTF-8: byte 3 is 0xe9"),
         ("", None, "is a directory"),
     ],
 )
@@ -98,6 +103,35 @@ def test_an_unusable_file_is_an_error(tmp_path: Path, name: str, content: bytes 
         (tmp_path / name).write_bytes(content)
     with pytest.raises(LexigramError, match=complaint):
         read_texts([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.JSON.GZ", "a.txt.gz", "a.raw"])
+def test_files_may_be_packed(name: str, tmp_path: Path) -> None:
+    content = b'{"text": "one"}\n{"text": "two"}' if "json" in name.lower() else b"one\n\ntwo"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    assert read_texts([str(tmp_path / name)]) == "one\n\ntwo"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("letter", ["a", "å", "\U0001f600"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_of_a_long_file_the_beginning_is_read(suffix: str, letter: str, packed: bool, tmp_path: Path) -> None:
+    """Whole lines, whole documents, whole characters; its bytes beyond, which are no UTF-8, are not looked at."""
+    document = letter * 9
+    line = document if suffix == ".txt" else json.dumps({"text": document}, ensure_ascii=False)
+    content = f"{line}\n".encode() * 30 + b"\xff"
+    file = tmp_path / f"a{suffix}{'.gz' * packed}"
+    file.write_bytes(gzip.compress(content) if packed else content)
+    found = read_texts([str(file)], characters=35)
+    if suffix == ".txt":
+        assert found == f"{document}\n" * 3
+    else:
+        assert found.split("\n\n") == [document] * (2 if letter > "å" else 4)  # of four bytes a character, with the key
+    (tmp_path / "line.txt").write_text(letter * 99)
+    assert read_texts([str(tmp_path / "line.txt")], characters=35) == letter * 35
+    for all_of_it in ({"characters": None}, {}):
+        with pytest.raises(LexigramError, match="is not UTF-8"):
+            read_texts([str(file)], **all_of_it)
 
 
 def test_no_name_is_an_error() -> None:
@@ -139,7 +173,7 @@ def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: list[dict]) -> list[tup
 
 def test_a_hub_data_set_is_streamed_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_datasets(monkeypatch, [{"text": "abc"}, {"text": "def"}, {"text": "ghi"}])
-    assert read_texts(["hub:a/b"], hub_characters=4) == "abc\n\ndef"
+    assert read_texts(["hub:a/b"], characters=4) == "abc\n\ndef"
     assert read_texts(["hub:a/b:c"]) == "abc\n\ndef\n\nghi"
     read_texts(["hub:a/b:c:test", "hub:a/b::test"])
     assert calls == [

@@ -60,7 +60,8 @@ class Calibration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: Annotated[Names, Shown(name="calibration", short="-c", metavar="TEXT")] = Field(
-        default=(SELF,), description="A .txt or .jsonl file, `demo`, `hub:NAME`, or `self`: sampled from the model."
+        default=(SELF,),
+        description="A .txt or .jsonl file (or .gz), `demo`, `hub:NAME`, or `self`: sampled from the model.",
     )
     sequences: int = Field(default=64, ge=1, description="How many sequences of it.")
     length: Annotated[int | None, Shown(none="1024, or the model's context")] = Field(

@@ -76,7 +76,7 @@ class HealingSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     texts: Annotated[Names, Shown(name="text", short="-t", metavar="TEXT")] = Field(
-        min_length=1, description="To train on: .txt or .jsonl files, `demo`, or `hub:NAME`."
+        min_length=1, description="To train on: .txt or .jsonl files (or .gz), `demo`, or `hub:NAME`."
     )
     sequences: Annotated[int, Shown(_TEXT)] = Field(default=256, ge=1, description="How many sequences to train on.")
     length: Annotated[int | None, Shown(_TEXT, none=f"{LENGTH}, or the model's context")] = Field(

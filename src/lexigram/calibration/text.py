@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +16,18 @@ DemoPart = Literal["calibration", "evaluation"]
 """Which part of the demo text: the first 70 % or the rest."""
 
 PLAIN_SUFFIXES = (".txt", ".raw")
+LINES_SUFFIXES = (".jsonl", ".json")
 BETWEEN_DOCUMENTS = "\n\n"
+
+CHARACTERS = 10_000_000
+"""Of one text, where some sequences are drawn from it: a tokenizer takes some 100 bytes of memory a character."""
+
 HUB_CHARACTERS = 20_000_000
+"""Of a hub data set that is read as a whole: many have no end."""
 
 
 def read_texts(
-    names: Sequence[str], *, demo_part: DemoPart = "calibration", hub_characters: int = HUB_CHARACTERS
+    names: Sequence[str], *, demo_part: DemoPart = "calibration", characters: int | None = CHARACTERS
 ) -> str:
     """Read the named texts, in the order given, with a blank line between them.
 
@@ -26,11 +35,14 @@ def read_texts(
 
     - a path to a `.txt` or `.raw` file, UTF-8, taken as it stands (a leading byte order mark is dropped);
     - a path to a `.jsonl` file, one JSON object a line with a string field `text`; blank lines are skipped, and the
-      documents are joined with a blank line;
+      documents are joined with a blank line; `.json` is read in the same way;
+    - one of these compressed by gzip, with `.gz` behind its suffix;
     - `demo`: the part `demo_part` of Python's own documentation topics (see `demo_text`);
     - `hub:NAME[:CONFIG[:SPLIT]]`: the column `text` of a hub data set, streamed in its own order through the optional
-      package `datasets`, until `hub_characters` characters are reached. SPLIT is `train` unless given; CONFIG may be
-      empty (`hub:NAME::test`).
+      package `datasets`. SPLIT is `train` unless given; CONFIG may be empty (`hub:NAME::test`).
+
+    Of a text that is longer, about the first `characters` characters are read: whole lines of a plain text, whole
+    documents of others. With None files are read to their ends, and data sets up to `HUB_CHARACTERS`.
     """
     if isinstance(names, str):
         names = [names]
@@ -41,9 +53,9 @@ def read_texts(
         if name == "demo":
             texts.append(demo_text(demo_part))
         elif name.startswith("hub:"):
-            texts.append(_read_hub(name, hub_characters))
+            texts.append(_read_hub(name, characters or HUB_CHARACTERS))
         else:
-            texts.append(_read_file(Path(name).expanduser()))
+            texts.append(_read_file(Path(name).expanduser(), characters))
     return BETWEEN_DOCUMENTS.join(texts)
 
 
@@ -70,31 +82,47 @@ def demo_text(part: DemoPart) -> str:
     raise LexigramError(f"the demo text has no part {part!r}; use 'calibration' or 'evaluation'")
 
 
-def _read_file(path: Path) -> str:
-    """The text of one file, by its suffix."""
-    suffix = path.suffix.lower()
+def _read_file(path: Path, most: int | None) -> str:
+    """The text of one file, by its suffix; about the first `most` characters of it."""
+    packed = path.suffix.lower() == ".gz"
+    suffix = Path(path.stem if packed else path.name).suffix.lower()
     if path.is_dir():
         raise LexigramError(f"{path} is a directory, not a text file; name the files in it one by one")
-    if suffix not in (*PLAIN_SUFFIXES, ".jsonl"):
+    if suffix not in (*PLAIN_SUFFIXES, *LINES_SUFFIXES):
         raise LexigramError(
             f"{path} has the suffix {suffix!r}, which is not known here; use plain text (.txt, .raw), .jsonl with a "
-            "field `text`, the word `demo`, or hub:NAME for a hub data set"
+            "field `text`, either with .gz, the word `demo`, or hub:NAME for a hub data set"
         )
     if not path.exists():
         raise LexigramError(f"there is no file {path} (the working directory is {Path.cwd()}); check the path")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with gzip.open(path) if packed else path.open("rb") as file:
+            data = file.read(-1 if most is None else 4 * most)  # bytes, of which a character has four at most
+            cut = bool(file.read(1))
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=not cut)
     except UnicodeDecodeError as error:
         raise LexigramError(
             f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; convert the file to UTF-8"
         ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise LexigramError(f"{path} cannot be unpacked: {error}; fetch or write it again") from error
     except OSError as error:
         raise LexigramError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
-    if suffix == ".jsonl":
-        text = BETWEEN_DOCUMENTS.join(_json_lines(path, text))
+    if suffix in LINES_SUFFIXES:
+        documents = _json_lines(path, _whole_lines(text, len(text) - 1) if cut else text)
+        text = BETWEEN_DOCUMENTS.join(_until(documents, most))
+    elif most is not None:
+        text = _whole_lines(text, most)
     if not text.strip():
         raise LexigramError(f"{path} holds no text; name a file with text in it")
     return text
+
+
+def _whole_lines(text: str, most: int) -> str:
+    """The lines that are whole within the first `most` characters; so many characters where there is none."""
+    if len(text) <= most:
+        return text
+    return text[: text.rfind("\n", 0, most) + 1] or text[:most]
 
 
 def _json_lines(path: Path, content: str) -> Iterator[str]:
@@ -150,7 +178,8 @@ def _read_hub(name: str, limit: int) -> str:
         ) from error
     try:
         rows = load_dataset(data_set, config or None, split=split, streaming=True)
-        text = BETWEEN_DOCUMENTS.join(_until(rows, limit, name))
+        documents = (_text_field(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1))
+        text = BETWEEN_DOCUMENTS.join(_until(documents, limit))
     except LexigramError:
         raise
     except Exception as error:  # whatever `datasets` or the network raises: no common class
@@ -163,12 +192,11 @@ def _read_hub(name: str, limit: int) -> str:
     return text
 
 
-def _until(rows: Iterable[dict[str, Any]], limit: int, name: str) -> Iterator[str]:
-    """Texts of the rows up to the one that reaches `limit` characters."""
+def _until(documents: Iterable[str], limit: int | None) -> Iterator[str]:
+    """The documents up to the one that reaches `limit` characters."""
     characters = 0
-    for number, row in enumerate(rows, start=1):
-        text = _text_field(row, f"{name}, row {number}")
+    for text in documents:
         yield text
         characters += len(text)
-        if characters >= limit:
+        if limit is not None and characters >= limit:
             return

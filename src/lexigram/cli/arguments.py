@@ -52,7 +52,7 @@ def texts(purpose: str) -> Any:
     Args:
         purpose: what the texts are for: `To evaluate on`.
     """
-    told = f"{purpose}: .txt or .jsonl files, `demo`, or `hub:NAME`. Repeatable."
+    told = f"{purpose}: .txt or .jsonl files (or .gz), `demo`, or `hub:NAME`. Repeatable."
     return typer.Option("--text", "-t", metavar="TEXT", help=told)
 
 

@@ -45,7 +45,7 @@ def eval_(
     if json_file:
         check_writable(json_file)
     check_windowing(context, stride, windows)
-    content = read_texts(text, demo_part="evaluation")
+    content = read_texts(text, demo_part="evaluation", characters=None)
     place = resolve_device(device)
     with drawing(errors) as bars, bars.steps("evaluate") as update:
         found = evaluated(

@@ -44,7 +44,7 @@ class ComparisonSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     texts: Annotated[Names, Shown(name="text", short="-t", metavar="TEXT...")] = Field(
-        description="To evaluate on: .txt or .jsonl files, `demo`, or `hub:NAME`."
+        description="To evaluate on: .txt or .jsonl files (or .gz), `demo`, or `hub:NAME`."
     )
     ratios: Annotated[
         tuple[float, ...], Shown(BUDGET, "ratio", "-r", metavar="RATIO...", none="each recipe's own, or 0.2")
@@ -281,7 +281,7 @@ def _check_folder(out: Path) -> None:
 def _read(source: Source, settings: ComparisonSettings, device: str) -> Reading:
     context, windows = settings.context, settings.windows
     check_windowing(context, windows=windows)
-    content = read_texts(settings.texts, demo_part="evaluation")
+    content = read_texts(settings.texts, demo_part="evaluation", characters=None)
     check_context(source.skeleton(), context, "context")
     tokens = token_ids(source.tokenizer(), content).numel()
     return Reading(
