@@ -36,6 +36,7 @@ from lexigram.methods.sums import sizes
 from lexigram.running import Silent
 from lexigram.targets import find_targets, weight_of
 from lexigram.tensorfiles import TensorFiles
+from lexigram.workers import Workers
 
 QUICK: dict[str, Any] = {"name": "cap", "iterations": 12, "passes": 0}
 """Enough rounds of robust PCA for low rank and sparse parts of all kinds."""
@@ -104,7 +105,8 @@ class Case:
         assert self.plan.tokens is not None
         ids = self.plan.tokens.ids
         shutil.rmtree(self.folder / name, ignore_errors=True)
-        return choose_parts(self.plan, self.weight, self.grams, self.folder / name, self.model, ids, Silent())
+        with Workers() as pool:
+            return choose_parts(self.plan, self.weight, self.grams, self.folder / name, self.model, ids, pool, Silent())
 
     def parts(self, name: str) -> Any:
         """Robust PCA of a weight by itself."""
@@ -492,6 +494,15 @@ def test_cached_parts_serve_other_ratios_seeds_and_forms(
         one, other = (load_file(tmp_path / f"{kind}-{number}" / WEIGHTS) for kind in ("cached", "alone"))
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert len(list((tmp_path / "cache").glob("parts-*"))) == 2
+
+
+@pytest.mark.slow
+def test_workers_split_the_weights_and_change_no_byte(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(choice, "decompose", lambda *_: pytest.fail("split in this process"))
+        lexigram.compress(recipe(), tmp_path / "two", workers=Workers(2))
+    lexigram.compress(recipe(), tmp_path / "one", workers=Workers(1))
+    assert (tmp_path / "two" / WEIGHTS).read_bytes() == (tmp_path / "one" / WEIGHTS).read_bytes()
 
 
 def test_other_weights_have_other_parts(recipe: Callable[..., Recipe], toy: Path, tmp_path: Path) -> None:

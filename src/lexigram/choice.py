@@ -5,6 +5,7 @@ are a probability and a mask a candidate. How a weight is split, and what a part
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,11 @@ from lexigram.errors import LexigramError
 from lexigram.factors import FactorSpec, GroupSpec
 from lexigram.factors.indices import INDICES, IndexName, index_prices
 from lexigram.fitting import naming
+from lexigram.gram import Gram
 from lexigram.linalg.budget import keep_best, project
 from lexigram.linalg.policy_gradient import BernoulliPolicy, sample, started, update
 from lexigram.methods import Budget, CapConfig
-from lexigram.methods.base import Candidates, decompose, scores
+from lexigram.methods.base import Candidates, MethodConfig, decompose, scores
 from lexigram.methods.storing import codec
 from lexigram.methods.sums import sum_spec
 from lexigram.planning import Plan
@@ -31,11 +33,22 @@ from lexigram.recipe import UNIFORM
 from lexigram.running import Stages
 from lexigram.targets import Target
 from lexigram.tensorfiles import TensorFiles
+from lexigram.workers import Workers
 
 _LEFT = 0.002
 """Share of a budget that is not worth another look at all candidates."""
 
 _ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class SplitTask:
+    """One weight (out, in) to be split, by its name, with the Gram of its inputs."""
+
+    name: str
+    config: MethodConfig
+    weight: Tensor
+    gram: Gram
 
 
 class Chosen(NamedTuple):
@@ -53,6 +66,16 @@ class Chosen(NamedTuple):
         return _read(self.parts, name).only(*self.masks[name])
 
 
+def split(task: SplitTask) -> tuple[str, Candidates]:
+    """The weight's name and its parts.
+
+    Raises:
+        LexigramError: as `naming` does.
+    """
+    with naming([task.name], "decomposed"):
+        return task.name, decompose(task.config, task.weight, task.gram)
+
+
 def choose_parts(
     plan: Plan,
     weight: Callable[[str], Tensor],
@@ -60,6 +83,7 @@ def choose_parts(
     folder: Path,
     model: PreTrainedModel,
     ids: Tensor,
+    pool: Workers,
     progress: Stages,
 ) -> Chosen:
     """Split all weights, then choose among the parts.
@@ -73,24 +97,22 @@ def choose_parts(
             these weights and of a config that agrees with the plan's in `methods.cap.DECOMPOSING`.
         model: the original model, which stays as it is.
         ids: the calibration tokens (sequences, length).
+        pool: splits the weights.
         progress: is told about the stages.
 
     Raises:
-        LexigramError: for a budget that not even the index of the smallest choice fits into, for parts in the folder that
-            are damaged, or not of a weight of this shape.
+        LexigramError: for a weight that cannot be split, for a budget that not even the index of the smallest choice fits
+            into, for parts in the folder that are damaged, or not of a weight of this shape.
     """
     recipe, config = plan.recipe, plan.recipe.method
     assert isinstance(config, CapConfig)
     parts = TensorFiles(folder, plan.device, "decomposition")
+    _split(plan.targets, config, weight, store, parts, pool, progress)
     first: dict[str, list[Tensor]] = {}
-    with progress.stage("decompose", len(plan.targets)) as step:
-        for target in plan.targets:
-            with store.using([target.site]) as grams, naming([target.name], "decomposed"):
-                gram = grams[target.site]
-                if not parts.has(target.name):
-                    parts.put(target.name, decompose(config, weight(target.name), gram)._asdict())
-                first[target.name] = list(scores(config, _read(parts, target.name, target.shape), gram))
-            step()
+    for target in plan.targets:
+        with store.using([target.site]) as grams:
+            found = scores(config, _read(parts, target.name, target.shape), grams[target.site])
+        first[target.name] = list(found)
     generator = torch.Generator().manual_seed(recipe.seed)
     groups = [[target] for target in plan.targets] if recipe.allocation == UNIFORM else [plan.targets]
     policies, budgets = [], [budget(members, plan.ratio, recipe.accounting) for members in groups]
@@ -104,8 +126,8 @@ def choose_parts(
             )
         if config.per_bit:
             tensors = [tensor / cost ** (config.power / 2) for tensor, cost in zip(tensors, costs, strict=True)]
-        found = started(tensors, config.first, together=config.together or config.per_bit, generator=generator)
-        policies.append(BernoulliPolicy(found, costs, allowed, projection=config.projection))
+        start = started(tensors, config.first, together=config.together or config.per_bit, generator=generator)
+        policies.append(BernoulliPolicy(start, costs, allowed, projection=config.projection))
     if config.passes:
         _move(plan, config, policies, parts, model, ids, generator, progress)
     units, chosen = [], {}
@@ -118,6 +140,30 @@ def choose_parts(
                 units.append(Unit(members=(target.name,), method=config, spec=GroupSpec(members=(spec,))))
                 step()
     return Chosen(Allocation(units=tuple(units)), parts, chosen)
+
+
+def _split(
+    targets: Sequence[Target],
+    config: CapConfig,
+    weight: Callable[[str], Tensor],
+    store: GramStore,
+    parts: TensorFiles,
+    pool: Workers,
+    progress: Stages,
+) -> None:
+    """All weights into parts on disk, but those that lie there."""
+    missing = [target for target in targets if not parts.has(target.name)]
+
+    def task(target: Target) -> SplitTask:
+        with store.using([target.site]) as grams:
+            return SplitTask(target.name, config, weight(target.name), grams[target.site])
+
+    with progress.stage("decompose", len(targets)) as step:
+        for _ in range(len(targets) - len(missing)):
+            step()
+        for name, candidates in pool.run(split, map(task, missing)):
+            parts.put(name, candidates._asdict())
+            step()
 
 
 def _move(

@@ -14,11 +14,12 @@ from lexigram.allocation.offers import form_at
 from lexigram.allocation.units import Unit
 from lexigram.calibration.gram import collecting
 from lexigram.calibration.layerwise import LayerRunner
+from lexigram.choice import SplitTask, split
 from lexigram.curves import measure_task, measured_unit
-from lexigram.fitting import LESS_MEMORY, FitTask, fitted, naming
+from lexigram.fitting import LESS_MEMORY, FitTask, fitted
 from lexigram.gram import Gram
 from lexigram.memory import BATCH_TOKENS, memory_told
-from lexigram.methods.base import chooses, decompose, trials
+from lexigram.methods.base import chooses, trials
 from lexigram.planning import SENSITIVITY_SEQUENCES, Plan
 from lexigram.targets import Target, decoder_layers
 from lexigram.weights import Weights
@@ -73,7 +74,8 @@ def estimated_seconds(prepared: Plan) -> dict[str, float]:
     if prepared.recipe.by_curves:
         found["allocate"] = allocate / prepared.way.workers + 3 * forward * min(SENSITIVITY_SEQUENCES, sequences)
     elif chooses(prepared.recipe.method):
-        found["allocate"] = allocate + forward * sequences * trials(prepared.recipe.method).runs
+        runs = trials(prepared.recipe.method).runs
+        found["allocate"] = allocate / prepared.way.workers + forward * sequences * runs
     found["fit"] = fit / prepared.way.workers
     return found
 
@@ -104,9 +106,8 @@ def _fits(prepared: Plan, members: list[Target], weights: Weights, grams: list[G
     own = [weights.weight(target).detach().to(prepared.device) for target in members]
     with Workers() as here:
         if chooses(recipe.method):
-            split = [lambda: decompose(recipe.method, own[0], grams[0])]
-            with naming([members[0].name], "decomposed"):
-                return 0.0, _timed(lambda: list(here.run(_call, split)))[0]
+            weight = SplitTask(members[0].name, recipe.method, own[0], grams[0])
+            return 0.0, _timed(lambda: list(here.run(split, [weight])))[0]
         spec = form_at(recipe.method, members, prepared.ratio)
         a_fit = 0.0
         if spec is not None:
@@ -150,10 +151,6 @@ def _some_tokens(prepared: Plan, vocabulary: int) -> torch.Tensor:
     if prepared.tokens is not None:
         return prepared.tokens.ids[:count]
     return torch.randint(0, vocabulary, (count, prepared.length), generator=torch.Generator().manual_seed(0))
-
-
-def _call(function: Callable[[], T]) -> T:
-    return function()
 
 
 def _timed(function: Callable[[], T]) -> tuple[float, T]:

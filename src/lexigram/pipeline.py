@@ -212,7 +212,9 @@ class _Work:
         folder = self._folder(self.prepared.cache, "parts", decomposition_key(config))
         model = self.prepared.source.model(self.prepared.device) if trials(config).runs else self.frame
         with self.watch.stage("allocate"):
-            chosen = choose_parts(self.prepared, self._weight, store, folder, model, self.tokens.ids, self.progress)
+            chosen = choose_parts(
+                self.prepared, self._weight, store, folder, model, self.tokens.ids, self.pool, self.progress
+            )
         del model
 
         def task(unit: Unit) -> Task:
