@@ -51,9 +51,10 @@ class MethodConfig(BaseModel):
 class FitReport(BaseModel):
     """What happened to one layer.
 
-    Errors are relative to the layer's output on the calibration text: ``||X (W - W^)^T|| / ||X W^T||`` (Frobenius norms).
-    `relative_error` is measured on the values as stored, rounding included; `objective` holds the squares of the relative
-    error after every outer iteration, before rounding.
+    Errors are relative to the layer's output on the calibration text: ``||X (W - W^)^T|| / ||X W^T||`` (Frobenius norms), with
+    the weight ``W`` that was to be fitted: under sequential calibration the one that makes up for the layers before
+    (`Gram.aim`). `relative_error` is measured on the values as stored, rounding included; `objective` holds the squares of the
+    relative error after every outer iteration, before rounding.
     """
 
     model_config = ConfigDict(frozen=True)
