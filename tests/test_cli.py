@@ -659,6 +659,7 @@ def test_an_export_replaces_what_compress_would(
     before = contents(at.tmp)
     assert "dense holds notes.txt, which lexigram did not write" in command(*export, "--overwrite").error
     assert "which has to stay as it is" in command("export", small, "--dense", small / "dense").error
+    assert "out is the compressed model itself" in command("export", small, "--dense", small, "--overwrite").error
     assert contents(at.tmp) == before
 
 

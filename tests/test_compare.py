@@ -349,6 +349,14 @@ def test_every_setting_has_an_option_that_reaches_it_alone(
     assert found == [usual.model_copy(update={key: value})] != [usual]
 
 
+def test_bos_is_in_the_calibration_and_in_every_window_and_the_table_says_so(place: Place) -> None:
+    assert place.compare(place.recipe("low.yaml", SVD), bos=True, context=32).code == 0
+    dense, low = (json.loads((place.out / "rows" / f"{name}.json").read_text()) for name in (DENSE, "low"))
+    assert low["made_from"]["recipe"]["calibration"]["bos"]
+    assert dense["tokens"] % 31 == 0, "all tokens of a window but BOS"
+    assert " windows after BOS, " in (place.out / "table.md").read_text()
+
+
 def test_the_dtypes_are_those_of_eval() -> None:
     assert set(choices(ComparisonSettings.model_fields["dtype"])) == {name.value for name in DtypeName}
 

@@ -181,7 +181,9 @@ def _check_files(folder: Path, record: RunRecord) -> Check:
         if name not in there
     ]
     read = [name for name in beside if _might_be_read(folder / name)]
-    wrong += [f"{printable(name)} is none of the run's files, and might be read in their place" for name in read]
+    wrong += [
+        f"{printable(name)} is none of the run's files, and might be read in their place: remove it" for name in read
+    ]
     others = other_files(recorded)
     wrong += [
         f"{printable(name)} is not as it was written"

@@ -185,9 +185,8 @@ def setting(rows: Sequence[Row]) -> str:
     if not measured:
         return ""
     dense, compressed = measured[0], [row for row in measured if row.run]
-    said = [
-        f"Evaluated on {dense.text}, context {dense.context}, {dense.windows} windows, {dense.tokens:,} scored tokens."
-    ]
+    read = f"context {dense.context}, {dense.windows} windows{' after BOS' * bool(dense.made_from.get('bos'))}"
+    said = [f"Evaluated on {dense.text}, {read}, {dense.tokens:,} scored tokens."]
     seeds = sorted({row.calibration_seed for row in compressed if row.calibration_seed is not None})
     if compressed:
         said.append(f"All recipes are calibrated on {_calibration(compressed[0])}, {_counted('seed', seeds)}.")

@@ -135,6 +135,8 @@ def export_dense(
     check_target(Path(out), overwrite=overwrite)
     path = os.path.expanduser(path)
     if Path(path).is_dir():
+        if Path(path).resolve() == Path(out).resolve():
+            raise LexigramError(f"{out} is the compressed model itself, which has to stay; name another output folder")
         check_outside(Path(path), Path(out))
     model = load(path, dtype=dtype, dense=True)
     has_tokenizer = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
