@@ -93,7 +93,11 @@ def test_a_bad_json_line_is_named(tmp_path: Path, line: str, complaint: str) -> 
         ("book.pdf", b"%PDF", r"suffix '\.pdf'"),
         ("book.pdf.gz", b"%PDF", r"suffix '\.pdf'"),
         ("plain.txt.gz", b"plain", r"cannot be unpacked: Not a gzipped file.*; fetch or write it again"),
-        ("short.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-9], "cannot be unpacked: Compressed file ended before"),
+        (
+            "short.txt.gz",
+            gzip.compress(b"words " * 99, mtime=0)[:-9],
+            "cannot be unpacked: Compressed file ended before",
+        ),
         ("latin.txt.gz", gzip.compress(b"caf\xe9", mtime=0), "not UTF-8: byte 3 is 0xe9"),
         ("", None, "is a directory"),
     ],
