@@ -69,19 +69,19 @@ class DictionaryProblem:
     signals: tuple[Tensor, ...]
     members: tuple[int, ...]
     rows: tuple[int, ...]
-    unit: float = 1.0
+    unit: float
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], grams: Sequence[Gram], metric: Metric) -> "DictionaryProblem":
         """One block for each different Gram, or a single one in the metric of the pooled Gram (`mean`) or none (`plain`)."""
-        different = list({id(gram): gram for gram in grams}.values())
-        unit = pooled(different).token_unit
         if metric == "plain":
             metrics, members, unit = [plain_whitening(weights[0])], [0] * len(weights), 1.0
         elif metric == "mean":
-            metrics, members = [pooled(grams).whitening], [0] * len(weights)
+            every = pooled(grams)
+            metrics, members, unit = [every.whitening], [0] * len(weights), every.token_unit
         else:
-            metrics = [gram.whitening for gram in different]
+            different = list({id(gram): gram for gram in grams}.values())
+            metrics, unit = [gram.whitening for gram in different], different[0].token_unit
             members = [next(i for i, other in enumerate(different) if other is gram) for gram in grams]
         signals = [
             whitening.whiten(torch.cat([w for w, of in zip(weights, members, strict=True) if of == block]))
